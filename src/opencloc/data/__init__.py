@@ -1,0 +1,1 @@
+"""Images with captions and region texts: contracts, readers, generated worlds."""
