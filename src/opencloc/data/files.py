@@ -1,0 +1,116 @@
+"""Bytes of files, local or at any fsspec URL.  Owns reading, listing and atomic writing; knows nothing of samples.
+
+A local path is opened plainly on every call (no file stays open, so nothing is shared across a fork); everything else
+goes through fsspec, which keeps its own connections per process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import fsspec
+from fsspec.core import url_to_fs
+
+
+def local_path(url: str) -> str | None:
+    """The path of a local file, or None if `url` belongs to another file system."""
+    if url.startswith("file://"):
+        return url.removeprefix("file://")
+    return None if "://" in url or "::" in url else url
+
+
+def read_bytes(url: str, start: int = 0, size: int | None = None) -> bytes:
+    """`size` bytes (None: all) from byte `start` on; fewer where the file ends earlier."""
+    if (path := local_path(url)) is not None:
+        with open(path, "rb") as stream:
+            stream.seek(start)
+            return stream.read() if size is None else stream.read(size)
+    fs, path = url_to_fs(url)
+    return fs.cat_file(path, start=start, end=None if size is None else start + size)
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Writes a whole file: nobody ever sees half of it.
+
+    Local files are written under a temporary name and renamed.  Elsewhere the object is put in one piece, which
+    object stores make visible only when it is complete.
+    """
+    if (path := local_path(url)) is None:
+        fs, path = url_to_fs(url)
+        fs.pipe_file(path, data)
+        return
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def exists(url: str) -> bool:
+    """Whether there is a file or folder."""
+    if (path := local_path(url)) is not None:
+        return os.path.exists(path)
+    fs, path = url_to_fs(url)
+    return fs.exists(path)
+
+
+def is_folder(url: str) -> bool:
+    """Whether `url` is a folder that exists."""
+    if (path := local_path(url)) is not None:
+        return os.path.isdir(path)
+    fs, path = url_to_fs(url)
+    return fs.isdir(path)
+
+
+def glob(pattern: str) -> list[str]:
+    """Files that match a glob pattern, sorted, as URLs of the same kind as the pattern."""
+    fs, path = url_to_fs(pattern)
+    found = sorted(fs.glob(path))
+    if (local := local_path(pattern)) is None:
+        return [fs.unstrip_protocol(path) for path in found]
+    return found if os.path.isabs(local) else [os.path.relpath(path) for path in found]
+
+
+def children(folder: str) -> list[str]:
+    """What lies directly in a folder, sorted, as URLs of the same kind as `folder`."""
+    if (path := local_path(folder)) is not None:
+        return sorted(os.path.join(path, name) for name in os.listdir(path or "."))
+    fs, path = url_to_fs(folder)
+    return sorted(fs.unstrip_protocol(found) for found in fs.ls(path, detail=False))
+
+
+def find(folder: str) -> list[str]:
+    """All files under a folder, at any depth, sorted, as paths below it with `/` between the parts."""
+    fs, path = url_to_fs(folder)
+    root = path.rstrip("/") + "/"
+    return sorted(found.removeprefix(root) for found in fs.find(path))
+
+
+@contextlib.contextmanager
+def open_seekable(url: str) -> Iterator[BinaryIO]:
+    """A readable stream that can seek; a remote file whose server can't is first copied to a temporary file."""
+    if (path := local_path(url)) is not None:
+        with open(path, "rb") as stream:
+            yield stream
+        return
+    with contextlib.ExitStack() as stack:
+        stream: BinaryIO = stack.enter_context(fsspec.open(url, "rb"))  # type: ignore[arg-type]
+        try:
+            stream.seek(1)
+            stream.seek(0)
+        except (ValueError, OSError):
+            copy = stack.enter_context(tempfile.TemporaryFile())
+            while block := stream.read(1 << 20):
+                copy.write(block)
+            copy.seek(0)
+            stream = copy  # type: ignore[assignment]
+        yield stream

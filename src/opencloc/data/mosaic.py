@@ -1,0 +1,243 @@
+"""Mosaics: many image-text pairs become one image whose tiles are regions with texts.
+
+Owns the composition.  Any source of photos with captions gives region-text data this way without a single human box:
+a k x k mosaic has k * k regions, each tile's text is its photo's caption, and the mosaic's caption names all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from PIL import Image
+
+from opencloc.data.sample import BadSample, Sample, Source
+
+_JITTER = 0.15  # a grid line moves by up to this share of a tile, so that boxes differ between mosaics
+_ZOOM = 1.4  # photos are kept this much larger than the largest tile: random crops then enlarge nothing
+_DISTINCT_TRIES = 8  # draws per tile to find a text that the mosaic hasn't yet
+_USABLE_TRIES = 100  # draws per tile to find a photo that can be used
+
+
+class NamedSource(Source, Protocol):
+    """A source of known size that can name a sample without reading it."""
+
+    def identity(self, index: int) -> str:
+        """A name of the sample that stays the same wherever the data lies."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class MosaicConfig:
+    """Which mosaics.
+
+    Raises `ValueError`, naming the value and the allowed range, for options out of range.
+    """
+
+    grid: str = "2-3"  # tiles per side: "2", or "2-3" for a random number in this range, 1 to 8
+    image_px: int = 96  # side of the square mosaic
+    seed: int = 0
+    split: Literal["train", "test", "all"] = "all"  # by a hash of the photo's name: the same whatever the seed
+    test_share: float = 0.1  # of the photos
+    augment: bool = False  # random crops and horizontal flips of each tile instead of centre crops
+    cache_mb: int = 512  # decoded small photos kept per process
+
+    def __post_init__(self) -> None:
+        _, high = self.tiles_per_side
+        if not 16 * high <= self.image_px <= 4096:
+            raise ValueError(f"image_px is {self.image_px}; allowed for {high} tiles per side: {16 * high} to 4096")
+        if not 0 < self.test_share < 1:
+            raise ValueError(f"test_share is {self.test_share}; allowed: between 0 and 1")
+        if self.split not in ("train", "test", "all"):
+            raise ValueError(f"split is {self.split!r}; allowed: train, test, all")
+        if self.cache_mb < 0:
+            raise ValueError(f"cache_mb is {self.cache_mb}; allowed: 0 or more")
+
+    @property
+    def tiles_per_side(self) -> tuple[int, int]:
+        """(fewest, most) tiles per side."""
+        first, _, last = self.grid.partition("-")
+        numbers = first, last or first
+        if not all(number.isdecimal() for number in numbers) or not 1 <= int(first) <= int(last or first) <= 8:
+            raise ValueError(f"grid is {self.grid!r}; allowed: a number from 1 to 8 or a range such as '2-3'")
+        return int(numbers[0]), int(numbers[1])
+
+
+def is_test(identity: str, test_share: float) -> bool:
+    """Whether the photo of this name is held out for testing; the same in every process and with every seed."""
+    digest = hashlib.blake2b(identity.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < test_share * 2**64
+
+
+class Mosaic:
+    """Endless mosaics of the photos of another source; number i is a pure function of the config and i.
+
+    Each tile is filled by a crop of its photo, so its box is the tile; boxes cover the image without gap or overlap.
+    Texts within a mosaic differ where a few draws find different ones.  Photos that cannot be used are replaced by
+    others and counted, once each, in `problems`.
+    """
+
+    def __init__(self, photos: NamedSource, config: MosaicConfig | None = None) -> None:
+        self.photos = photos
+        self.config = config or MosaicConfig()
+        if photos.size is None:
+            raise ValueError(f"mosaics need a source of known size, not {photos!r}")
+        split, share = self.config.split, self.config.test_share
+        wanted = [
+            index
+            for index in range(photos.size)
+            if split == "all" or is_test(photos.identity(index), share) == (split == "test")
+        ]
+        if not wanted:
+            raise ValueError(f"no photo of {photos!r} is in the split {split!r}")
+        self._pool = np.asarray(wanted)
+        fewest, _ = self.config.tiles_per_side
+        self._photo_px = math.ceil(largest_tile_px(self.config.image_px, fewest) * _ZOOM)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._kept: dict[int, tuple[np.ndarray, str]] = {}  # (H, W, 3) uint8 and text by number of the photo
+        self._kept_bytes = 0
+        self._unusable: dict[int, str] = {}  # reason by number of the photo
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_kept": {}, "_kept_bytes": 0, "_unusable": {}}
+
+    @property
+    def size(self) -> None:
+        """Endless."""
+        return None
+
+    @property
+    def num_photos(self) -> int:
+        """How many photos the mosaics of this split are made of."""
+        return len(self._pool)
+
+    @property
+    def problems(self) -> Counter[str]:
+        """The photos met so far in this process that could not be used, by reason."""
+        return Counter(self._unusable.values())
+
+    def __repr__(self) -> str:
+        return f"Mosaic({self.num_photos} photos of {self.photos!r}, {self.config})"
+
+    def __getitem__(self, index: int) -> Sample:
+        if index < 0:
+            raise IndexError(f"{index}: mosaics are numbered from 0")
+        config = self.config
+        rng = np.random.default_rng([config.seed, ("train", "test", "all").index(config.split), index])
+        fewest, most = config.tiles_per_side
+        cells = _cells(rng, int(rng.integers(fewest, most + 1)), config.image_px)
+        canvas = Image.new("RGB", (config.image_px, config.image_px))
+        texts: list[str] = []
+        for x0, y0, x1, y1 in cells:
+            photo, text = self._draw(rng, texts)
+            texts.append(text)
+            tile = _fill(Image.fromarray(photo), (x1 - x0, y1 - y0), rng if config.augment else None)
+            canvas.paste(tile, (x0, y0))
+        return Sample(
+            key=f"mosaic-{config.split}-{config.seed}-{index}",
+            image=canvas,
+            captions=(mosaic_caption(texts),),
+            boxes=np.asarray(cells, dtype=np.float32) / config.image_px,
+            texts=tuple(texts),
+        )
+
+    def _draw(self, rng: np.random.Generator, texts: Sequence[str]) -> tuple[np.ndarray, str]:
+        """A photo and its text, one that is not among `texts` if a few draws find it."""
+        usable = None
+        distinct_tries = 0
+        for _ in range(_USABLE_TRIES):
+            try:
+                usable = self._photo(int(self._pool[rng.integers(len(self._pool))]))
+            except BadSample:
+                continue
+            distinct_tries += 1
+            if usable[1] not in texts or distinct_tries == _DISTINCT_TRIES:
+                break
+        if usable is None:
+            raise BadSample("no usable photo", repr(self.photos), f"{_USABLE_TRIES} draws: {dict(self.problems)}")
+        return usable
+
+    def _photo(self, number: int) -> tuple[np.ndarray, str]:
+        """A photo shrunk to what tiles need, and its text; raises `BadSample`."""
+        if number in self._kept:
+            return self._kept[number]
+        if number in self._unusable:
+            raise BadSample(self._unusable[number], self.photos.identity(number))
+        try:
+            sample = self.photos[number]
+            if not sample.captions:
+                raise BadSample("no caption", self.photos.identity(number))
+        except BadSample as bad:
+            self._unusable[number] = bad.reason
+            raise
+        image, shrink = sample.image, self._photo_px / min(sample.image.size)
+        if shrink < 1:
+            width, height = (max(1, round(side * shrink)) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        kept = np.asarray(image), sample.captions[0]
+        self._keep(number, kept)
+        return kept
+
+    def _keep(self, number: int, kept: tuple[np.ndarray, str]) -> None:
+        limit = self.config.cache_mb * 2**20
+        while self._kept and self._kept_bytes + kept[0].nbytes > limit:
+            oldest, _ = self._kept.pop(next(iter(self._kept)))
+            self._kept_bytes -= oldest.nbytes
+        if kept[0].nbytes <= limit:
+            self._kept[number] = kept
+            self._kept_bytes += kept[0].nbytes
+
+
+def mosaic_caption(texts: Sequence[str]) -> str:
+    """A caption that names every text once, in the order of the tiles.
+
+    >>> mosaic_caption(["dog", "airplane", "dog", "laptop"])
+    'a photo of dog, airplane and laptop'
+    """
+    *first, last = dict.fromkeys(texts)
+    return f"a photo of {', '.join(first)} and {last}" if first else f"a photo of {last}"
+
+
+def largest_tile_px(image_px: int, tiles_per_side: int) -> int:
+    """The longest side, in pixels, that a tile can have."""
+    return image_px if tiles_per_side == 1 else math.ceil(image_px / tiles_per_side * (1 + 2 * _JITTER))
+
+
+def _cells(rng: np.random.Generator, tiles_per_side: int, image_px: int) -> list[tuple[int, int, int, int]]:
+    """Pixel boxes of the tiles, row by row: rows of uneven height, each cut at places of its own."""
+    rows = _lines(rng, tiles_per_side, image_px)
+    return [
+        (x0, y0, x1, y1)
+        for y0, y1 in itertools.pairwise(rows)
+        for columns in [_lines(rng, tiles_per_side, image_px)]
+        for x0, x1 in itertools.pairwise(columns)
+    ]
+
+
+def _lines(rng: np.random.Generator, tiles_per_side: int, image_px: int) -> list[int]:
+    inner = np.arange(1, tiles_per_side) + rng.uniform(-_JITTER, _JITTER, tiles_per_side - 1)
+    return [0, *np.rint(inner * image_px / tiles_per_side).astype(int).tolist(), image_px]
+
+
+def _fill(photo: Image.Image, size: tuple[int, int], rng: np.random.Generator | None) -> Image.Image:
+    """The largest central crop of the photo in the tile's shape; with `rng` a smaller one anywhere, maybe flipped."""
+    width, height = photo.size
+    scale = min(width / size[0], height / size[1])
+    across = down = 0.5
+    if rng is not None:
+        zoom, across, down, flip = rng.random(4)
+        scale *= math.sqrt(0.5 + 0.5 * zoom)  # 50 to 100 % of the largest crop's area
+        if flip < 0.5:
+            photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    crop_width, crop_height = size[0] * scale, size[1] * scale
+    left, top = max(0.0, (width - crop_width) * across), max(0.0, (height - crop_height) * down)
+    box = (left, top, min(left + crop_width, width), min(top + crop_height, height))
+    return photo.resize(size, Image.Resampling.BICUBIC, box=box)

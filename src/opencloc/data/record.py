@@ -1,0 +1,246 @@
+"""One sample as it lies on disk: image bytes and `{caption, alt_text, regions: [{box, text, score}]}`.
+
+This file owns both directions between those bytes and a `Sample`, whatever holds them (tar member or loose file).
+It reads and writes no files.
+
+The record, JSON in UTF-8, every field optional, others (img2dataset's `url`, `status`, ...) ignored:
+
+* `caption`: a string, or a list of strings where an image has several;
+* `alt_text`: a string;
+* `regions`: a list of `{"box": [x0, y0, x1, y1], "text": "...", "score": 0.9}`, boxes normalised to the image, scores
+  in [0, 1] for all regions or for none.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    WebPImagePlugin,
+)
+
+from opencloc.data.sample import BadSample, Sample
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MAX_PIXELS = 89_478_485  # Pillow's own bound: an RGB image of 256 MiB
+# What bytes named .jpg may really be (img2dataset without re-encoding keeps them).  Pillow's other readers are left
+# out: some run outside programs (EPS) and none is needed for photos.
+_PILLOW_FORMATS = tuple(
+    plugin.format
+    for plugin in (
+        JpegImagePlugin.JpegImageFile,
+        PngImagePlugin.PngImageFile,
+        WebPImagePlugin.WebPImageFile,
+        GifImagePlugin.GifImageFile,
+        BmpImagePlugin.BmpImageFile,
+        AvifImagePlugin.AvifImageFile,
+    )
+)
+
+ImageFormat = Literal["jpg", "png", "webp"]
+
+
+def decode_image(
+    data: bytes, where: str, max_px: int | None = None, *, expected_px: tuple[int, int] | None = None
+) -> Image.Image:
+    """The image as RGB.
+
+    Gray, palette, 16-bit and CMYK images are converted, transparency is laid over white, of an animation the first
+    frame is taken.  EXIF orientation is NOT applied: boxes refer to the pixels as they are stored (as COCO's do, and
+    as img2dataset stores them).
+
+    `max_px`: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where its long side then still has `max_px` pixels.
+    `expected_px`: the stored (width, height) that annotations refer to.
+
+    Raises `BadSample` ("broken image", "image too large", "image size differs from its annotation") naming `where`.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadSample("image too large", where, str(error)) from error
+    except Exception as error:  # Pillow raises a whole zoo for bytes that are no image
+        raise BadSample("broken image", where, f"{len(data)} bytes: {error}") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BadSample("image too large", where, f"{width} x {height} pixels, at most {MAX_PIXELS} are decoded")
+    if expected_px is not None and expected_px != (width, height):
+        detail = f"{width} x {height} pixels, annotated as {expected_px[0]} x {expected_px[1]}"
+        raise BadSample("image size differs from its annotation", where, detail)
+    try:
+        if max_px is not None and max_px < max(width, height):
+            scale = max_px / max(width, height)
+            image.draft(None, (max(1, int(np.ceil(width * scale))), max(1, int(np.ceil(height * scale)))))
+        return _to_rgb(image)
+    except Exception as error:
+        raise BadSample("broken image", where, str(error)) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and not image.has_transparency_data:
+        image.load()
+        return image if type(image) is Image.Image else image.copy()  # drops the file behind it
+    if image.mode.startswith("I"):  # 16 bits per pixel; Pillow would clip them to 255
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def encode_image(image: Image.Image, image_format: ImageFormat = "jpg", quality: int = 95) -> bytes:
+    """The image as a file; jpg without chroma subsampling, webp lossless at quality 100, else lossy."""
+    buffer = io.BytesIO()
+    if image_format == "jpg":
+        image.save(buffer, "JPEG", quality=quality, subsampling=0)
+    elif image_format == "png":
+        image.save(buffer, "PNG")
+    else:
+        image.save(buffer, "WEBP", quality=quality, lossless=quality == 100)
+    return buffer.getvalue()
+
+
+def image_extension(data: bytes) -> str | None:
+    """`jpg`, `png` or `webp` by the first bytes of a file, None for anything else."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What is known about an image, without the image; the fields mean what `Sample`'s do."""
+
+    captions: tuple[str, ...] = ()
+    alt_text: str | None = None
+    boxes: np.ndarray
+    texts: tuple[str, ...] = ()
+    scores: np.ndarray | None = None
+
+    def sample(self, key: str, image: Image.Image, where: str) -> Sample:
+        """The sample; raises `BadSample` naming `where` if boxes or texts are unsound."""
+        try:
+            return Sample(
+                key=key,
+                image=image,
+                captions=self.captions,
+                alt_text=self.alt_text,
+                boxes=self.boxes,
+                texts=self.texts,
+                scores=self.scores,
+            )
+        except BadSample as bad:
+            raise BadSample(bad.reason, where, bad.detail) from None
+
+
+def parse_record(where: str, json_bytes: bytes | None, text_bytes: bytes | None) -> Record:
+    """The record of a sample from its `.json` and/or `.txt` (which is used where the JSON has no caption).
+
+    Raises `BadSample` ("bad json", "bad utf-8") naming `where`.
+    """
+    record = _parse_json(where, json_bytes) if json_bytes is not None else {}
+    captions = _captions(where, record.get("caption"))
+    if not captions and text_bytes is not None:
+        text = _decode_text(where, text_bytes).strip()
+        captions = (text,) if text else ()
+    alt_text = record.get("alt_text")
+    if alt_text is not None and not isinstance(alt_text, str):
+        raise BadSample("bad json", where, f"alt_text must be a string, not {alt_text!r}")
+    boxes, texts, scores = _regions(where, record.get("regions"))
+    return Record(captions=captions, alt_text=alt_text or None, boxes=boxes, texts=texts, scores=scores)
+
+
+def encode_record(sample: Sample) -> bytes:
+    """The JSON of a sample, such that `parse_record` gives back the same captions, boxes, texts and scores."""
+    record: dict[str, Any] = {}
+    if sample.captions:
+        record["caption"] = sample.captions[0] if len(sample.captions) == 1 else list(sample.captions)
+    if sample.alt_text is not None:
+        record["alt_text"] = sample.alt_text
+    if len(sample.boxes):
+        record["regions"] = [
+            {"box": [_short(number) for number in box], "text": text}
+            for box, text in zip(sample.boxes, sample.texts, strict=True)
+        ]
+        if sample.scores is not None:
+            for region, score in zip(record["regions"], sample.scores, strict=True):
+                region["score"] = _short(score)
+    return json.dumps(record, ensure_ascii=False).encode()
+
+
+def _short(number: np.float32) -> float:
+    """The float with the fewest digits that is the same float32."""
+    return float(str(np.float32(number)))
+
+
+def _decode_text(where: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadSample("bad utf-8", where, str(error)) from error
+
+
+def _parse_json(where: str, data: bytes) -> Mapping[str, Any]:
+    text = _decode_text(where, data)
+    try:
+        record = json.loads(text)
+        if "\\ud" in text.lower():  # half a surrogate pair, escaped, is no character: nothing could encode it again
+            json.dumps(record, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise BadSample("bad json", where, str(error)) from error
+    if not isinstance(record, dict):
+        raise BadSample("bad json", where, f"expected an object, found {type(record).__name__}")
+    return record
+
+
+def _captions(where: str, caption: Any) -> tuple[str, ...]:
+    captions = caption if isinstance(caption, list) else [] if caption is None else [caption]
+    if not all(isinstance(text, str) for text in captions):
+        raise BadSample("bad json", where, f"caption must be a string or a list of strings, not {caption!r}")
+    return tuple(text for text in captions if text.strip())
+
+
+def _regions(where: str, regions: Any) -> tuple[np.ndarray, tuple[str, ...], np.ndarray | None]:
+    """Boxes (R, 4), texts and scores (R,) of a record's `regions`."""
+    boxes, texts, scores = [], [], []
+    regions = [] if regions is None else regions
+    if not isinstance(regions, list):
+        raise BadSample("bad json", where, f"regions must be a list, not {type(regions).__name__}")
+    for number, region in enumerate(regions):
+        if not isinstance(region, dict) or not {"box", "text"} <= region.keys():
+            raise BadSample("bad json", where, f"region {number} needs a box and a text: {region!r}")
+        box, text, score = region["box"], region["text"], region.get("score")
+        if not isinstance(box, list) or len(box) != 4 or not all(_is_number(x) for x in box):
+            raise BadSample("bad box", where, f"region {number}: a box is 4 numbers, not {box!r}")
+        if not isinstance(text, str):
+            raise BadSample("bad json", where, f"region {number}: text must be a string, not {text!r}")
+        if score is not None and not (_is_number(score) and 0 <= score <= 1):
+            raise BadSample("bad score", where, f"region {number}: a score lies in [0, 1], not {score!r}")
+        boxes.append(box)
+        texts.append(text)
+        scores.append(score)
+    if any(score is None for score in scores):
+        if any(score is not None for score in scores):
+            raise BadSample("bad score", where, "either all regions have a score or none")
+        scores = []
+    array = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
+    return array, tuple(texts), np.asarray(scores, dtype=np.float32) if scores else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,375 @@
+"""The generated world: scenes of named things with exact boxes, captions, label noise and held-out parts.
+
+This file owns what is in a scene, where, and what is said about it; `sprites` owns how a thing looks, `things` what it
+is called.  `Scenes(config)[i]` is a pure function of the config and i.
+
+Every kind of choice has its own random stream, so options can be compared on the same scenes: neither the drawing
+style, nor the resolution, nor the kind of captions, nor label noise changes which things lie where.
+
+The emoji are by OpenMoji, licence CC BY-SA 4.0 (see `sprites`); scenes made from them fall under the same licence.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import hashlib
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from opencloc.data import sprites, wording
+from opencloc.data.sample import Sample
+from opencloc.data.shards import ShardWriter
+from opencloc.data.things import CHARACTERS, UNCOUNTED
+
+Attribute = Literal["colour", "size", "position"]
+_Rectangle = tuple[float, float, float, float]  # XYXY as shares of the image side
+
+_HELD_OUT_SHARE = 8  # one thing in 8 is held out
+_EASY_SEEN, _EASY_HELD_OUT = sprites.SHAPES[:8], sprites.SHAPES[8:]
+_LONG_SIDE = (0.22, 0.47)  # of the image side: 14 to 30 pixels of 64
+_SMALL, _LARGE = (0.22, 0.29), (0.37, 0.47)  # where size has a word, nothing lies in between
+_SIZE_STEP = 1 / 64  # sizes come in steps, so that at any resolution few sprites are drawn many times
+_MAX_OVERLAP = 0.08  # of the smaller of two boxes
+_POSITIONS = (
+    ("at the top left", "at the top", "at the top right"),
+    ("on the left", "in the middle", "on the right"),
+    ("at the bottom left", "at the bottom", "at the bottom right"),
+)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _rich_things() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(Things that training may show, held-out things), each in an order that depends on the names only."""
+    ordered = sorted(CHARACTERS, key=_hash)
+    held_out = len(ordered) // _HELD_OUT_SHARE
+    return tuple(ordered[held_out:]), tuple(ordered[:held_out])
+
+
+_RICH_SEEN, _RICH_HELD_OUT = _rich_things()
+
+
+def held_out_colour(thing: str) -> str:
+    """The one colour in which training never shows this thing."""
+    colours = tuple(sprites.COLOURS)
+    number = sprites.SHAPES.index(thing) if thing in sprites.SHAPES else _hash("colour of " + thing)
+    return colours[number % len(colours)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneConfig:
+    """Which scenes: what they show, how they are drawn, how they are labelled.
+
+    Raises ValueError, naming the value and the allowed range, for options out of range or that do not go together.
+    """
+
+    mode: Literal["easy", "rich"] = "rich"  # easy: shapes in 9 colours ("red circle"); rich: emoji ("dog")
+    seed: int = 0
+    image_px: int = 64  # side of the square image; changes nothing else about a scene
+    num_things: int = 120  # rich: how many things there are; each set contains the smaller ones
+    min_objects: int = 3
+    max_objects: int = 5
+    attributes: tuple[Attribute, ...] = ()  # words added to region texts; easy mode always has the colour
+    split: Literal["train", "unseen_combinations", "unseen_things"] = "train"  # the same whatever the seed
+    style: sprites.Style = "plain"
+    captions: Literal["exact", "alt_text"] = "exact"  # alt_text: as on web pages, in the caption's place
+    box_jitter: float = 0.0  # each edge moves by normal noise of this share of the box's width or height
+    wrong_text: float = 0.0  # probability that a region has the text of something else
+    missing_region: float = 0.0  # probability that an object has no region
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attributes", tuple(self.attributes))
+        _one_of("mode", self.mode, ("easy", "rich"))
+        _one_of("split", self.split, ("train", "unseen_combinations", "unseen_things"))
+        _one_of("style", self.style, ("plain", "sketch"))
+        _one_of("captions", self.captions, ("exact", "alt_text"))
+        for attribute in self.attributes:
+            _one_of("attributes", attribute, ("colour", "size", "position"))
+        _within("image_px", self.image_px, 16, 4096)
+        _within("num_things", self.num_things, 12, len(_RICH_SEEN))
+        _within("min_objects", self.min_objects, 1, 8)
+        _within("max_objects", self.max_objects, self.min_objects, 8)
+        _within("box_jitter", self.box_jitter, 0.0, 0.5)
+        _within("wrong_text", self.wrong_text, 0.0, 1.0)
+        _within("missing_region", self.missing_region, 0.0, 1.0)
+        if self.split == "unseen_combinations" and not self.coloured:
+            raise ValueError('split is "unseen_combinations"; that needs "colour" among the attributes, or mode "easy"')
+
+    @property
+    def noisy(self) -> bool:
+        """Whether regions differ from the truth."""
+        return max(self.box_jitter, self.wrong_text, self.missing_region) > 0
+
+    @property
+    def coloured(self) -> bool:
+        """Whether region texts name a colour."""
+        return self.mode == "easy" or "colour" in self.attributes
+
+    def things(self) -> tuple[str, ...]:
+        """The things that scenes of this split show."""
+        unseen = self.split == "unseen_things"
+        if self.mode == "easy":
+            return _EASY_HELD_OUT if unseen else _EASY_SEEN
+        return (_RICH_HELD_OUT if unseen else _RICH_SEEN)[: self.num_things]
+
+    def combinations(self) -> tuple[tuple[str, str | None], ...]:
+        """The (thing, colour) pairs that scenes of this split show; the colour is None where texts name none."""
+        if not self.coloured:
+            return tuple((thing, None) for thing in self.things())
+        return tuple(
+            (thing, colour)
+            for thing in self.things()
+            for colour in sprites.COLOURS
+            if self.split == "unseen_things" or (colour == held_out_colour(thing)) == (self.split != "train")
+        )
+
+    def class_names(self) -> tuple[str, ...]:
+        """Every region text of this split, sorted: the class list of zero-shot recognition."""
+        sizes = ("small ", "large ") if "size" in self.attributes else ("",)
+        places = [" " + p for row in _POSITIONS for p in row] if "position" in self.attributes else [""]
+        bare = (_bare_text(thing, colour) for thing, colour in self.combinations())
+        return tuple(sorted(size + text + place for text in bare for size in sizes for place in places))
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; allowed: {low} to {high}")
+
+
+def _bare_text(thing: str, colour: str | None) -> str:
+    return f"{colour} {thing}" if colour else thing
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Object:
+    """One thing of a scene; sizes and places as shares of the image side."""
+
+    thing: str
+    colour: str | None
+    long_side: float
+    left: float
+    top: float
+    size_word: str  # "" where the config has none
+    place_words: str
+
+    @property
+    def text(self) -> str:
+        return " ".join(w for w in (self.size_word, _bare_text(self.thing, self.colour), self.place_words) if w)
+
+
+class Scenes:
+    """An endless `Source` of generated scenes."""
+
+    size: int | None = None
+
+    def __init__(self, config: SceneConfig) -> None:
+        self.config = config
+        self._combinations = config.combinations()
+        self._sprites = _SpriteCache(config.style)
+
+    def __reduce__(self):  # a worker's copy draws its own sprites
+        return type(self), (self.config,)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Scene number `index`, any number >= 0."""
+        if index < 0:
+            raise IndexError(f"scene {index}: scenes are numbered from 0")
+        config = self.config
+        scene = f"{config.seed}/{config.split}/{index}"
+        objects = _layout(config, self._combinations, Random(f"{scene}/layout"))
+        image = _background(config, Random(f"{scene}/background"))
+        boxes = np.array([self._paste(image, obj) for obj in objects], dtype=np.float32) / config.image_px
+        texts = tuple(obj.text for obj in objects)
+        if config.noisy:
+            boxes, texts = self._mislabel(boxes, objects, Random(f"{scene}/noise"))
+        caption = alt_text = _alt_text(objects, Random(f"{scene}/alt_text"))
+        if config.captions == "exact":
+            phrases = [wording.noun_phrase(obj.text, obj.thing not in UNCOUNTED) for obj in objects]
+            caption = wording.caption(phrases, Random(f"{scene}/caption"))
+        key = f"{config.mode}-{config.split}-{config.seed}-{index:09d}"
+        return Sample(key=key, image=image, captions=(caption,), alt_text=alt_text, boxes=boxes, texts=texts)
+
+    def _paste(self, image: Image.Image, obj: _Object) -> tuple[int, int, int, int]:
+        """The pixel box that the object fills, after drawing it there."""
+        px = self.config.image_px
+        sprite = self._sprites.get(obj.thing, obj.colour, max(1, round(obj.long_side * px)))
+        left = min(round(obj.left * px), px - sprite.width)
+        top = min(round(obj.top * px), px - sprite.height)
+        image.paste(sprite, (left, top), sprite)
+        return left, top, left + sprite.width, top + sprite.height
+
+    def _mislabel(self, boxes: np.ndarray, objects: list[_Object], rng: Random) -> tuple[np.ndarray, tuple[str, ...]]:
+        """Boxes and texts with the configured noise; every region draws the same numbers whatever the rates are."""
+        config, pairs = self.config, self._combinations
+        kept, texts = [], []
+        for box, obj in zip(boxes, objects, strict=True):
+            missing, wrong = rng.random() < config.missing_region, rng.random() < config.wrong_text
+            other = int(rng.random() * (len(pairs) - 1))
+            moves = [rng.gauss(0.0, 1.0) for _ in range(4)]
+            if missing:
+                continue
+            if wrong:  # one of the others, all equally likely
+                thing, colour = pairs[other if pairs[other] != (obj.thing, obj.colour) else -1]
+                obj = replace(obj, thing=thing, colour=colour)
+            kept.append(_jittered(box, config.box_jitter * np.array(moves)))
+            texts.append(obj.text)
+        return np.array(kept, dtype=np.float32).reshape(-1, 4), tuple(texts)
+
+
+class _SpriteCache:
+    """Sprites of one style, kept up to a fixed number of bytes."""
+
+    _MAX_BYTES = 128 * 2**20
+
+    def __init__(self, style: sprites.Style) -> None:
+        self._style: sprites.Style = style
+        self._kept: dict[tuple[str, str | None, int], Image.Image] = {}
+        self._bytes = 0
+
+    def get(self, thing: str, colour: str | None, long_px: int) -> Image.Image:
+        key = thing, colour, long_px
+        sprite = self._kept.get(key)
+        if sprite is None:
+            sprite = sprites.draw(thing, colour, long_px, self._style)
+            if self._bytes > self._MAX_BYTES:
+                self._kept.clear()
+                self._bytes = 0
+            self._kept[key] = sprite
+            self._bytes += 4 * sprite.width * sprite.height
+        return sprite
+
+
+def _jittered(box: np.ndarray, moves: np.ndarray) -> np.ndarray:
+    """The box with each edge moved by `moves` times its side, inside the image, no side below a quarter of its own."""
+    low, high = box[:2], box[2:]
+    side = high - low
+    new_low = np.clip(low + side * moves[:2], 0, 1 - side / 4)
+    new_high = np.clip(high + side * moves[2:], new_low + side / 4, 1)
+    return np.concatenate([new_low, new_high])
+
+
+def _layout(config: SceneConfig, combinations: tuple[tuple[str, str | None], ...], rng: Random) -> list[_Object]:
+    """Which things lie where, large ones first: (thing, colour) pairs distinct, boxes apart but for a little."""
+    count = config.min_objects + int(rng.random() * (config.max_objects - config.min_objects + 1))
+    chosen: list[tuple[str, str | None]] = []
+    while len(chosen) < count:
+        pair = combinations[int(rng.random() * len(combinations))]
+        if pair not in chosen:
+            chosen.append(pair)
+    sizes: list[tuple[float, int, str]] = []  # (smallest long side, steps above it, word)
+    for _ in chosen:
+        word, (low, high) = "", _LONG_SIDE
+        if "size" in config.attributes:
+            word, (low, high) = ("small", _SMALL) if rng.random() < 0.5 else ("large", _LARGE)
+        sizes.append((low, int(rng.random() * ((high - low) / _SIZE_STEP + 1)), word))
+    sizes.sort(key=lambda size: size[0] + size[1] * _SIZE_STEP, reverse=True)
+    shrink = min(1.0, (5 / count) ** 0.5)
+    ranges = [(shrink * low, shrink * (low + steps * _SIZE_STEP)) for low, steps, _ in sizes]
+    places = _arrange([sprites.aspect(thing) for thing, _ in chosen], ranges, shrink * _SIZE_STEP, rng)
+    objects = []
+    for (thing, colour), (_, _, size_word), (left, top, right, bottom) in zip(chosen, sizes, places, strict=True):
+        place_words = ""
+        if "position" in config.attributes:
+            place_words = _POSITIONS[min(2, int(1.5 * (top + bottom)))][min(2, int(1.5 * (left + right)))]
+        objects.append(
+            _Object(
+                thing=thing,
+                colour=colour,
+                long_side=max(right - left, bottom - top),
+                left=left,
+                top=top,
+                size_word=size_word,
+                place_words=place_words,
+            )
+        )
+    return objects
+
+
+def _arrange(
+    aspects: list[tuple[float, float]], ranges: list[tuple[float, float]], step: float, rng: Random
+) -> list[_Rectangle]:
+    """Places with little overlap for things of these aspects, their long sides at most as wanted.
+
+    `ranges`: (smallest, wanted) long sides.  A thing that finds no place gets smaller by some `step`s; where even the
+    smallest finds none, all start again, and the tenth attempt stands as it is.
+    """
+    places: list[_Rectangle] = []
+    for _ in range(10):
+        places, all_free = [], True
+        for (width, height), (smallest, long_side) in zip(aspects, ranges, strict=True):
+            place, free = _place(long_side * width, long_side * height, places, rng)
+            while not free and long_side > smallest + step / 2:
+                long_side = max(smallest, long_side - 3 * step)
+                place, free = _place(long_side * width, long_side * height, places, rng)
+            places.append(place)
+            all_free = all_free and free
+        if all_free:
+            break
+    return places
+
+
+def _place(width: float, height: float, taken: list[_Rectangle], rng: Random) -> tuple[_Rectangle, bool]:
+    """A random place with little overlap and True; or the one with the least overlap of those tried, and False."""
+    best, best_overlap = (0.0, 0.0, width, height), 2.0
+    for _ in range(40):
+        left, top = rng.random() * (1 - width), rng.random() * (1 - height)
+        right, bottom = left + width, top + height
+        overlap = 0.0
+        for x0, y0, x1, y1 in taken:
+            if left < x1 and right > x0 and top < y1 and bottom > y0:
+                shared = (min(x1, right) - max(x0, left)) * (min(y1, bottom) - max(y0, top))
+                overlap = max(overlap, shared / min(width * height, (x1 - x0) * (y1 - y0)))
+        if overlap <= _MAX_OVERLAP:
+            return (left, top, right, bottom), True
+        if overlap < best_overlap:
+            best, best_overlap = (left, top, right, bottom), overlap
+    return best, False
+
+
+def _alt_text(objects: list[_Object], rng: Random) -> str:
+    return wording.alt_text([_bare_text(obj.thing, obj.colour if rng.random() < 0.5 else None) for obj in objects], rng)
+
+
+def _background(config: SceneConfig, rng: Random) -> Image.Image:
+    """A plain, graded or softly mottled ground in related colours, the same pattern at any resolution."""
+    cells = (1, 2, 3, 6)[int(rng.random() * 4)]
+    hue, saturation, value = rng.random(), 0.05 + 0.33 * rng.random(), 0.72 + 0.26 * rng.random()
+    spread = 1.0
+    if config.style == "sketch":
+        saturation, value, spread = 0.1 * saturation, 0.85 + 0.5 * (value - 0.72), 0.25
+    colours = bytearray()
+    for _ in range(cells * cells):
+        h = hue + spread * 0.16 * (rng.random() - 0.5)
+        s = saturation + spread * 0.3 * (rng.random() - 0.5)
+        v = value + spread * 0.24 * (rng.random() - 0.5)
+        rgb = colorsys.hsv_to_rgb(h % 1, min(1.0, max(0.0, s)), min(1.0, max(0.0, v)))
+        colours += bytes(round(255 * channel) for channel in rgb)
+    grid = Image.frombytes("RGB", (cells, cells), bytes(colours))
+    return grid.resize((config.image_px, config.image_px), Image.Resampling.BICUBIC)
+
+
+def write_scenes(config: SceneConfig, num_images: int, out_dir: str, images_per_shard: int = 1000) -> list[str]:
+    """Paths of the WebDataset tars 00000.tar, 00001.tar, ... with scenes 0 to `num_images` - 1 as lossless PNG.
+
+    The same arguments give the same bytes; a tar appears under its name only when it is whole.
+
+    Raises ValueError if a number is below 1, FileExistsError if the folder already holds tars.
+    """
+    if num_images < 1:
+        raise ValueError(f"num_images is {num_images}; at least 1")
+    scenes = Scenes(config)
+    with ShardWriter(out_dir, samples_per_shard=images_per_shard, image_format="png") as writer:
+        for index in range(num_images):
+            writer.write(scenes[index])
+    return writer.paths

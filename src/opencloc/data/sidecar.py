@@ -1,0 +1,237 @@
+"""Region annotations beside the images: one Parquet file per tar, joined by sample key.
+
+Owns the file format, its place and its checks.  `00000.tar` has its labels of the name `vesl` in
+`00000.vesl.parquet`, with the figures of the run that made them in `00000.vesl_stats.json`; several names may lie side
+by side.  Images are never touched.  An image folder or a COCO JSON has one such file too (or numbered parts of it).
+
+| column  | type                 | meaning |
+|---------|----------------------|---------|
+| key     | string, unique       | the sample's key |
+| caption | string, may be null  | the caption the phrases came from |
+| boxes   | list of 4 x float32  | R boxes, XYXY, normalised to the image |
+| texts   | list of string       | R region texts |
+| scores  | list of float32      | R confidences in [0, 1] |
+| error   | string, may be null  | why the sample has no labels; boxes, texts and scores are then empty |
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from opencloc.boxes import box_problem
+from opencloc.data import files
+from opencloc.data.record import Record
+from opencloc.data.sample import BadSample
+
+SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("caption", pa.string()),
+        pa.field("boxes", pa.list_(pa.list_(pa.float32(), 4)), nullable=False),
+        pa.field("texts", pa.list_(pa.string()), nullable=False),
+        pa.field("scores", pa.list_(pa.float32()), nullable=False),
+        pa.field("error", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SidecarRow:
+    """The labels of one sample.
+
+    Raises `ValueError` on construction if boxes, texts and scores differ in number, a box or score is unsound, a text
+    is empty, or an error comes together with regions.
+    """
+
+    key: str
+    caption: str | None = None
+    boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), dtype=np.float32))  # (R, 4)
+    texts: tuple[str, ...] = ()
+    scores: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.float32))  # (R,)
+    error: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "boxes", np.asarray(self.boxes, dtype=np.float32).reshape(-1, 4))
+        object.__setattr__(self, "scores", np.asarray(self.scores, dtype=np.float32).reshape(-1))
+        if problem := self._problem():
+            raise ValueError(f"sidecar row {self.key!r}: {problem}")
+
+    def _problem(self) -> str | None:
+        if not len(self.boxes) == len(self.texts) == len(self.scores):
+            return f"{len(self.boxes)} boxes, {len(self.texts)} texts, {len(self.scores)} scores"
+        if self.error is not None and self.texts:
+            return f"a row with an error ({self.error}) has no regions, this one {len(self.texts)}"
+        corners, opposite = self.boxes[:, :2], self.boxes[:, 2:]
+        if not ((corners >= 0) & (corners < opposite) & (opposite <= 1)).all():  # or only within rounding of it
+            for box in self.boxes:
+                if problem := box_problem(box):
+                    return problem
+        if not ((self.scores >= 0) & (self.scores <= 1)).all():
+            return f"scores {self.scores.tolist()} are not all in [0, 1]"
+        for box, text in zip(self.boxes, self.texts, strict=True):
+            if not text.strip():
+                return f"empty text for box {box.tolist()}"
+        return None
+
+
+def sidecar_path(location: str, name: str, part: int | None = None) -> str:
+    """Where the labels `name` of a tar, COCO JSON or image folder lie.
+
+    `name` may carry a folder (`/labels/vesl`): the file then lies there instead of beside the images.  `part` numbers
+    the pieces into which the labels of a folder or JSON may be cut.
+
+    >>> sidecar_path("/data/00000.tar", "vesl")
+    '/data/00000.vesl.parquet'
+    >>> sidecar_path("/data/00000.tar", "/labels/vesl")
+    '/labels/00000.vesl.parquet'
+    >>> sidecar_path("/data/photos/", "vesl", part=3)
+    '/data/photos-00003.vesl.parquet'
+    """
+    stem = location.rstrip("/")
+    for suffix in (".tar", ".json"):
+        stem = stem.removesuffix(suffix)
+    folder, name = os.path.split(name)
+    if not name:
+        raise ValueError(f"a sidecar needs a name such as 'vesl', or FOLDER/vesl; got {folder + '/'!r}")
+    if folder:
+        stem = f"{folder}/{os.path.basename(stem)}"
+    return f"{stem}{'' if part is None else f'-{part:05d}'}.{name}.parquet"
+
+
+def stats_path(path: str) -> str:
+    """The `_stats.json` of a sidecar file."""
+    return path.removesuffix(".parquet") + "_stats.json"
+
+
+def write_sidecar(path: str, rows: Iterable[SidecarRow], stats: Mapping[str, Any]) -> None:
+    """Writes a sidecar, then its `_stats.json`; each appears whole or not at all.
+
+    The stats come last: where they lie, the sidecar beside them is finished.  `path` as from `sidecar_path`; a local
+    folder that doesn't exist is made.  Raises `ValueError` for a key that comes twice.
+    """
+    rows = list(rows)
+    seen: set[str] = set()
+    for row in rows:
+        if row.key in seen:
+            raise ValueError(f"{path}: key {row.key!r} comes twice")
+        seen.add(row.key)
+    columns = {
+        "key": [row.key for row in rows],
+        "caption": [row.caption for row in rows],
+        "boxes": _box_column(rows),
+        "texts": [list(row.texts) for row in rows],
+        "scores": [row.scores for row in rows],
+        "error": [row.error for row in rows],
+    }
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=SCHEMA), buffer, compression="zstd")
+    if local := files.local_path(path):
+        os.makedirs(os.path.dirname(local) or ".", exist_ok=True)
+    files.write_bytes(path, buffer.getvalue())
+    files.write_bytes(stats_path(path), json.dumps(stats, indent=2, sort_keys=True).encode() + b"\n")
+
+
+def _box_column(rows: list[SidecarRow]) -> pa.Array:
+    boxes = np.concatenate([row.boxes for row in rows]) if rows else np.zeros((0, 4), dtype=np.float32)
+    offsets = np.cumsum([0, *(len(row.boxes) for row in rows)], dtype=np.int32)
+    fours = pa.FixedSizeListArray.from_arrays(pa.array(boxes.reshape(-1), type=pa.float32()), 4)
+    return pa.ListArray.from_arrays(pa.array(offsets), fours)
+
+
+def read_sidecar(path: str) -> dict[str, SidecarRow]:
+    """The rows of a sidecar by key, in the order of the file.
+
+    A row that is unsound (box outside the image, numbers that don't match, ...) is kept with its `error` saying so and
+    without regions.  Raises `FileNotFoundError`, or `ValueError` naming the file if it is no Parquet, its columns are
+    not those of `SCHEMA`, a key comes twice, or there is a null where none is allowed.
+    """
+    data = files.read_bytes(path)
+    try:
+        table = pq.read_table(io.BytesIO(data))
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a Parquet file ({error})") from error
+    if set(table.column_names) != set(SCHEMA.names):
+        missing = sorted(set(SCHEMA.names) - set(table.column_names))
+        unknown = sorted(set(table.column_names) - set(SCHEMA.names))
+        raise ValueError(f"{path}: columns differ from a sidecar's: missing {missing}, unknown {unknown}")
+    try:
+        table = table.select(SCHEMA.names).cast(SCHEMA)
+    except (pa.ArrowException, ValueError) as error:
+        raise ValueError(f"{path}: columns don't have a sidecar's types ({error})") from error
+    columns = {name: table[name].combine_chunks() for name in SCHEMA.names}
+    for name in ("boxes", "texts", "scores"):
+        if columns[name].values.null_count:
+            raise ValueError(f"{path}: column {name} holds lists with null entries")
+    rows: dict[str, SidecarRow] = {}
+    for row in _rows(columns):
+        if row.key in rows:
+            raise ValueError(f"{path}: key {row.key!r} comes twice")
+        rows[row.key] = row
+    return rows
+
+
+def _rows(columns: Mapping[str, Any]) -> Iterator[SidecarRow]:
+    """The rows of Arrow columns."""
+    keys, captions, texts, errors = (columns[name].to_pylist() for name in ("key", "caption", "texts", "error"))
+    all_boxes = columns["boxes"].values.values.to_numpy().reshape(-1, 4)
+    all_scores = columns["scores"].values.to_numpy()
+    box_ends, score_ends = columns["boxes"].offsets.to_numpy(), columns["scores"].offsets.to_numpy()
+    for i, (key, caption, text, error) in enumerate(zip(keys, captions, texts, errors, strict=True)):
+        boxes = all_boxes[box_ends[i] : box_ends[i + 1]].copy()  # Arrow's memory is read-only
+        scores = all_scores[score_ends[i] : score_ends[i + 1]].copy()
+        try:
+            yield SidecarRow(key=key, caption=caption, boxes=boxes, texts=tuple(text), scores=scores, error=error)
+        except ValueError as problem:
+            yield SidecarRow(key=key, caption=caption, error=str(problem))
+
+
+def read_labels(location: str, name: str) -> dict[str, SidecarRow]:
+    """The labels `name` of an image folder or COCO JSON: its one sidecar, or all its numbered parts.
+
+    Raises as `read_sidecar`, and `ValueError` if a key lies in two parts.
+    """
+    path = sidecar_path(location, name)
+    if files.exists(path):
+        return read_sidecar(path)
+    folder, whole = os.path.split(path)
+    stem, ending = whole[: -len(f".{os.path.basename(name)}.parquet")], f".{os.path.basename(name)}.parquet"
+    part_name = re.compile(re.escape(stem) + r"-\d{5}" + re.escape(ending))
+    there = files.children(folder) if files.is_folder(folder or ".") else []
+    parts = [part for part in there if part_name.fullmatch(os.path.basename(part))]
+    if not parts:
+        raise FileNotFoundError(f"{path}: no such sidecar, nor parts of it")
+    rows: dict[str, SidecarRow] = {}
+    for part in parts:
+        found = read_sidecar(part)
+        if twice := found.keys() & rows.keys():
+            raise ValueError(f"{part}: key {min(twice)!r} lies in an earlier part too")
+        rows |= found
+    return rows
+
+
+def with_labels(record: Record, row: SidecarRow | None, where: str) -> Record:
+    """The record with the regions of its sidecar row instead of its own.
+
+    A caption in the row that is none of the sample's own takes their place, and the first of those becomes the alt-text
+    if there was none.  Raises `BadSample` ("not in the sidecar", "not labelled") where there is no row or it holds an
+    error.
+    """
+    if row is None:
+        raise BadSample("not in the sidecar", where)
+    if row.error is not None:
+        raise BadSample("not labelled", where, row.error)
+    captions, alt_text = record.captions, record.alt_text
+    if row.caption is not None and row.caption not in captions:
+        alt_text = alt_text or (captions[0] if captions else None)
+        captions = (row.caption,)
+    return Record(captions=captions, alt_text=alt_text, boxes=row.boxes, texts=row.texts, scores=row.scores)

@@ -1,0 +1,224 @@
+"""What a labelled data set consists of, in figures (`opencloc data stats`): the paper's Table 1, histograms, texts.
+
+Owns the counting; how the figures are shown is `stats_report.py`'s.  Where labels lie beside the images only they are
+read, no image is decoded.  Memory does not grow with the data set: distinct texts beyond a limit are pruned, and the
+report then says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from opencloc.boxes import area
+from opencloc.data import files
+from opencloc.data.coco import Coco
+from opencloc.data.folder import ImageFolder
+from opencloc.data.labelled import labels_of, left_out, open_labelled
+from opencloc.data.sample import BadSample, Sample, Source
+from opencloc.data.shards import Shards
+from opencloc.data.sidecar import SidecarRow, read_labels, read_sidecar, sidecar_path
+from opencloc.data.stats_report import NUM_BINS, Stats, markdown, plot
+
+MAX_TEXTS = 1_000_000  # distinct region texts counted exactly
+_REGIONS_SHOWN, _LENGTHS_SHOWN = 100, 32  # histograms over counts end here; the last bin holds all beyond
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatsConfig:
+    """Figures of a labelled data set."""
+
+    data: str
+    """The data: a folder, tars, or any `KIND:LOCATION?key=value`."""
+    sidecar: str | None = None
+    """Name of the labels; None: the only ones that lie beside the images, else the images' own regions."""
+    out: str = "stats"
+    """Folder for stats.md, stats.png and stats.json."""
+    tokenizer: str | None = None
+    """Tokenizer that counts text lengths, as a local folder or hub id; None: words between white space."""
+    top: int = 30
+    """How many of the most frequent region texts are listed; at least 1."""
+    limit: int | None = None
+    """Only the first so many images; at least 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("top", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def write_stats(config: StatsConfig) -> Stats:
+    """The figures of a data set, after writing them to `config.out` as Markdown, PNG and JSON.
+
+    Raises as `open_labelled`.
+    """
+    stats = compute_stats(config)
+    os.makedirs(config.out, exist_ok=True)
+    files.write_bytes(os.path.join(config.out, "stats.png"), plot(stats))
+    files.write_bytes(os.path.join(config.out, "stats.json"), _json(stats))
+    files.write_bytes(os.path.join(config.out, "stats.md"), markdown(stats).encode())
+    return stats
+
+
+def compute_stats(config: StatsConfig) -> Stats:
+    """The figures of a data set, in one pass.  Raises as `open_labelled`."""
+    source = open_labelled(config.data, config.sidecar)
+    count_tokens, tokens = _token_counter(config.tokenizer)
+    tally = _Tally(count_tokens)
+    for row in _rows(source, config.limit):
+        tally.add(row)
+    if config.limit is None:
+        tally.failures.update(left_out(source))
+        if labels_of(source) is not None and source.size is not None and source.size > tally.images:
+            tally.failures["not in the sidecar"] += source.size - tally.images
+            tally.images = source.size
+    return tally.stats(data=config.data, labels=labels_of(source), tokens=tokens, top=config.top)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    captions: tuple[str, ...] = ()
+    boxes: np.ndarray  # (R, 4)
+    texts: tuple[str, ...] = ()
+    scores: np.ndarray | None = None
+    failure: str | None = None
+
+
+def _rows(source: Source, limit: int | None) -> Iterator[_Row]:
+    """One row per image; from the sidecars alone where there are any, which is hundreds of times faster."""
+    if (name := labels_of(source)) is None:
+        if source.size is None and limit is None:
+            raise ValueError(f"{source!r} has no end: set limit")
+        end = source.size if limit is None else limit if source.size is None else min(limit, source.size)
+        assert end is not None
+        yield from (_read(source, index) for index in range(end))
+        return
+    for number, row in enumerate(_sidecar_rows(source, name)):
+        if number == limit:
+            return
+        captions = (row.caption,) if row.caption is not None else ()
+        failure = row.error and reason_of(row.error)
+        yield _Row(captions=captions, boxes=row.boxes, texts=row.texts, scores=row.scores, failure=failure)
+
+
+def _sidecar_rows(source: Source, name: str) -> Iterator[SidecarRow]:
+    if isinstance(source, Shards):
+        for url in source.urls:
+            yield from read_sidecar(sidecar_path(url, name)).values()
+    elif isinstance(source, Coco):
+        yield from read_labels(source.instances_path, name).values()
+    elif isinstance(source, ImageFolder):
+        yield from read_labels(source.location, name).values()
+
+
+def _read(source: Source, index: int) -> _Row:
+    try:
+        sample: Sample = source[index]
+    except BadSample as bad:
+        return _Row(boxes=np.zeros((0, 4), dtype=np.float32), failure=bad.reason)
+    return _Row(captions=sample.captions, boxes=sample.boxes, texts=sample.texts, scores=sample.scores)
+
+
+def reason_of(error: str) -> str:
+    """The reason in a sidecar's `error`, which is `reason` or `reason: detail`."""
+    return error.partition(": ")[0]
+
+
+def _token_counter(tokenizer: str | None) -> tuple[Callable[[str], int], str]:
+    """(tokens in a text, what they are called)."""
+    if tokenizer is None:
+        return lambda text: len(text.split()), "words between white space"
+    from transformers import AutoTokenizer
+
+    loaded: Any = AutoTokenizer.from_pretrained(tokenizer)
+    return (
+        lambda text: len(loaded(text, add_special_tokens=False)["input_ids"]),
+        f"tokens of {tokenizer}, without special ones",
+    )
+
+
+class _Tally:
+    """Running counts over the rows of a data set."""
+
+    def __init__(self, count_tokens: Callable[[str], int]) -> None:
+        self._count_tokens = count_tokens
+        self._lengths: dict[str, int] = {}  # region texts repeat; pruned together with the texts
+        self.images = self._with_regions = self._captions = self._caption_tokens = 0
+        self.failures: Counter[str] = Counter()
+        self._texts: Counter[str] = Counter()
+        self._pruned = False
+        self._scores = np.zeros(NUM_BINS, dtype=np.int64)
+        self._sizes = np.zeros(NUM_BINS, dtype=np.int64)
+        self._region_counts = np.zeros(_REGIONS_SHOWN + 1, dtype=np.int64)
+        self._text_lengths = np.zeros(_LENGTHS_SHOWN + 1, dtype=np.int64)
+        self._regions = self._text_tokens = 0
+
+    def add(self, row: _Row) -> None:
+        self.images += 1
+        if row.failure is not None:
+            self.failures[row.failure] += 1
+            return
+        self._captions += len(row.captions)
+        self._caption_tokens += sum(map(self._count_tokens, row.captions))
+        self._regions += len(row.texts)
+        self._with_regions += bool(row.texts)
+        self._region_counts[min(len(row.texts), _REGIONS_SHOWN)] += 1
+        for text in row.texts:
+            self._texts[text] += 1
+            if (length := self._lengths.get(text)) is None:
+                length = self._lengths[text] = self._count_tokens(text)
+            self._text_tokens += length
+            self._text_lengths[min(length, _LENGTHS_SHOWN)] += 1
+        _count(self._sizes, np.sqrt(area(row.boxes)))
+        if row.scores is not None:
+            _count(self._scores, row.scores)
+        if len(self._texts) > MAX_TEXTS:
+            self._pruned = True
+            self._texts = Counter(dict(self._texts.most_common(MAX_TEXTS // 2)))
+            self._lengths = {text: self._lengths[text] for text in self._texts}
+
+    def stats(self, *, data: str, labels: str | None, tokens: str, top: int) -> Stats:
+        usable = int(self._region_counts.sum())
+        return Stats(
+            data=data,
+            labels=labels,
+            images=self.images,
+            images_with_regions=self._with_regions,
+            regions=self._regions,
+            regions_per_image=_mean(self._regions, usable),
+            image_text_tokens=_mean(self._caption_tokens, self._captions),
+            region_text_tokens=_mean(self._text_tokens, self._regions),
+            tokens=tokens,
+            distinct_texts=len(self._texts),
+            pruned=self._pruned,
+            top_texts=tuple(sorted(self._texts.items(), key=lambda item: (-item[1], item[0]))[:top]),
+            failures=dict(sorted(self.failures.items(), key=lambda item: (-item[1], item[0]))),
+            scores=self._scores,
+            box_sizes=self._sizes,
+            region_counts=self._region_counts,
+            region_text_lengths=self._text_lengths,
+        )
+
+
+def _count(histogram: np.ndarray, values: np.ndarray) -> None:
+    """Adds values of [0, 1] to a histogram over it; 1 itself belongs to the last bin."""
+    bins = np.minimum((np.asarray(values) * NUM_BINS).astype(np.int64), NUM_BINS - 1)
+    histogram += np.bincount(bins, minlength=NUM_BINS)
+
+
+def _mean(total: int, count: int) -> float:
+    return total / count if count else float("nan")
+
+
+def _json(stats: Stats) -> bytes:
+    """The figures as JSON; means of nothing are null."""
+    values = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(stats).items()}
+    values = {name: None if value != value else value for name, value in values.items()}
+    return json.dumps(values, indent=2, ensure_ascii=False).encode() + b"\n"

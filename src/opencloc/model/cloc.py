@@ -1,0 +1,321 @@
+"""ClocModel: a CLIP-like pair of towers with a Prompter and a box head (paper section 3).
+
+    features = model.encode_image(pixels)                 # once per image
+    regions = model.encode_regions(features, boxes)       # any number of prompts
+    boxes = model.ground(features, text_embeddings)
+
+This file owns the model and its configuration; losses are in `opencloc.loss`, images and strings become tensors in
+`opencloc.model.processor`.  Boxes are normalised to the letterboxed square that the model sees.
+
+Symbols: B images, M regions (or P prompts) per image, U distinct region texts, N patches, T text tokens, D width of the
+vision tower, E width of the joint embedding, S side of the square in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from huggingface_hub.dataclasses import strict
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.configuration_utils import SubConfigSpec
+
+from opencloc.model import towers
+from opencloc.model.prompter import AnchoredBoxHead, CrossPrompter, EncoderPrompter, MlpBoxHead, RoiPrompter
+from opencloc.model.prompts import (
+    Box,
+    Prompt,
+    PromptBatch,
+    PromptEncoder,
+    Text,
+    check_boxes,
+    concatenate,
+    patch_centres,
+)
+
+MAX_LOGIT_SCALE = 100.0  # CLIP's clip on the temperature
+POSITION_STD = 0.02  # transformers' initial spread of CLIP's position embeddings
+NO_TEXT_PROMPTS = "the roi Prompter has no text prompts and cannot ground: use prompter='cross' or 'encoder'"
+
+
+@strict
+class ClocConfig(PreTrainedConfig):
+    """Configuration of a `ClocModel`: the towers' own configuration and the region parts.
+
+    `clip_config`: any CLIP, SigLIP or SigLIP 2 configuration of transformers.
+    `prompter`: `cross` (default), `encoder` (as published), `roi` (the baseline; it has no text prompts).
+    `prompter_heads`: attention heads of `cross`.
+    `prior_slope`: initial log slope of the soft spatial prior of `cross`; at 1.5 it is nearly a mean over the box.
+    None: no prior.
+    `shared_positions`: patches carry the position basis of the prompts.
+    `box_head`: `anchored` (default) reads the box off an attention map, `mlp` is the published head.
+    `roi_size`: bins per side of RoIAlign, for `roi`.
+    """
+
+    model_type = "cloc"
+    sub_configs_defaults = {"clip_config": SubConfigSpec(config_class=AutoConfig, model_type="clip")}  # noqa: RUF012
+
+    clip_config: dict | PreTrainedConfig | None = None
+    prompter: Literal["cross", "encoder", "roi"] = "cross"
+    prompter_heads: int = 4
+    prior_slope: float | None = 1.5
+    shared_positions: bool = True
+    box_head: Literal["anchored", "mlp"] = "anchored"
+    roi_size: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFeatures:
+    """What `encode_image` returns: everything any number of prompts needs."""
+
+    embedding: Float[Tensor, "B E"]  # of the whole image, L2-normalised
+    tokens: Float[Tensor, "B N D"]  # before pooling and projection
+    grid: tuple[int, int]  # (rows, columns), rows * columns = N
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClocOutput:
+    """What `forward` returns for the losses.  Embeddings are L2-normalised; scales are exp(parameter), clipped.
+
+    The region fields are None where no boxes were given; `ground_boxes` also where the Prompter has no text prompts.
+    """
+
+    image: Float[Tensor, "B E"]
+    caption: Float[Tensor, "B E"]
+    logit_scale: Float[Tensor, ""]
+    region: Float[Tensor, "B M E"] | None = None
+    region_text: Float[Tensor, "B M E"] | None = None
+    ground_boxes: Float[Tensor, "B M 4"] | None = None
+    region_logit_scale: Float[Tensor, ""] | None = None
+
+
+class ClocModel(PreTrainedModel):
+    """Towers, Prompter and box head.  `ClocModel(config)` is random; see `from_pretrained` and `from_clip`."""
+
+    config: ClocConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    config_class = ClocConfig
+    base_model_prefix = "cloc"
+    main_input_name = "pixels"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _no_split_modules = ["CLIPEncoderLayer", "SiglipEncoderLayer", "Siglip2EncoderLayer"]  # noqa: RUF012
+
+    def __init__(self, config: ClocConfig, towers_model: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        clip: Any = config.clip_config
+        towers.check_family(clip)
+        self.embed_dim, self.grid = towers.embed_dim(clip), towers.patch_grid(clip)
+        width = clip.vision_config.hidden_size
+        self.clip: Any = AutoModel.from_config(clip) if towers_model is None else towers_model
+        self.prompt_encoder = PromptEncoder(width, self.embed_dim, self.grid)
+        self.prompter: nn.Module
+        if config.prompter == "cross":
+            self.prompter = CrossPrompter(
+                width,
+                self.embed_dim,
+                self.grid,
+                num_heads=config.prompter_heads,
+                prior_slope=config.prior_slope,
+                shared_positions=config.shared_positions,
+            )
+        elif config.prompter == "encoder":
+            self.prompter = EncoderPrompter(width, self.embed_dim, self.grid, shared_positions=config.shared_positions)
+        else:
+            self.prompter = RoiPrompter(width, self.embed_dim, self.grid, roi_size=config.roi_size)
+        self.box_head: nn.Module | None = None
+        if self.has_text_prompts:
+            self.box_head = (
+                AnchoredBoxHead(width, self.embed_dim, self.grid)
+                if config.box_head == "anchored"
+                else MlpBoxHead(self.embed_dim, width)
+            )
+        self.region_logit_scale = nn.Parameter(torch.zeros(()))
+        self.post_init()
+
+    @property
+    def has_text_prompts(self) -> bool:
+        return self.config.prompter != "roi"
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Region parts as transformers initialises linear layers; ViT positions start from the prompts' basis."""
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, PromptEncoder):
+            for kind in (module.corner_kind, module.point_kind, module.text_kind):
+                init.normal_(kind, std=0.5)
+        elif isinstance(module, CrossPrompter) and module.log_slope is not None:
+            assert self.config.prior_slope is not None
+            init.constant_(module.log_slope, self.config.prior_slope)
+        elif module is self:
+            init.constant_(self.region_logit_scale, 2.6592)  # ln(1 / 0.07), CLIP's
+            table, before = towers.position_table(self.clip)
+            if self.config.shared_positions and not getattr(table.weight, "_is_hf_initialized", False):
+                self._start_positions_from_basis(table, before)
+
+    @torch.no_grad()
+    def _start_positions_from_basis(self, table: nn.Embedding, before: int) -> None:
+        """Rows of the patches: the sinusoidal basis at the tower's own initial spread (a ViT may learn it away)."""
+        basis = self.prompt_encoder.basis(patch_centres(self.grid, table.weight.device))
+        table.weight[before:] = (basis * POSITION_STD * 2**0.5).to(table.weight.dtype)
+
+    @classmethod
+    def from_clip(cls, path: str | Path, **region_config: Any) -> ClocModel:
+        """Fresh region parts on the weights of a CLIP, SigLIP or SigLIP 2 checkpoint (a folder or hub id).
+
+        `region_config`: fields of `ClocConfig` but `clip_config`.  Only safetensors weights are read.  Raises
+        ValueError for any other kind of model, OSError if nothing is found.
+        """
+        config: Any = AutoConfig.from_pretrained(path)
+        if config.model_type == "cloc":
+            raise ValueError(f"{path} is a CLOC checkpoint already: load it with ClocModel.from_pretrained")
+        try:
+            towers.check_family(config)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        clip = AutoModel.from_pretrained(path, use_safetensors=True)
+        return cls(ClocConfig(clip_config=clip.config, **region_config), towers_model=clip)
+
+    def export_clip(self, folder: str | Path) -> None:
+        """Writes the towers as a plain checkpoint of their own class (`CLIPModel`, `SiglipModel`, ...).
+
+        Their outputs equal this model's `encode_image` and `encode_text`.  The processor's `export_clip` adds the
+        tokenizer and image processor.
+        """
+        self.clip.save_pretrained(folder)
+
+    # -- encoding ------------------------------------------------------------------------------------------------
+
+    def encode_image(self, pixels: Float[Tensor, "B 3 S S"]) -> ImageFeatures:
+        """Features of letterboxed, normalised images: the one pass that all prompts share."""
+        pooled, tokens = towers.vision_forward(self.clip, pixels)
+        return ImageFeatures(embedding=_normalize(pooled), tokens=tokens, grid=self.grid)
+
+    def encode_text(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B E"]:
+        """L2-normalised embeddings f_T(y); captions, region texts and text prompts share the tower."""
+        return _normalize(towers.text_forward(self.clip, input_ids))
+
+    def dense_embedding(self, features: ImageFeatures) -> Float[Tensor, "B N E"]:
+        """Patch tokens in the joint space by the tower's own pooling: what a CLIP without Prompter has to offer."""
+        return towers.dense_embedding(self.clip, features.tokens)
+
+    @overload
+    def encode_regions(self, features: ImageFeatures, prompts: Tensor) -> Tensor: ...
+    @overload
+    def encode_regions(self, features: ImageFeatures, prompts: Sequence[Tensor | Sequence[Prompt]]) -> list[Tensor]: ...
+
+    def encode_regions(
+        self, features: ImageFeatures, prompts: Tensor | Sequence[Tensor | Sequence[Prompt]]
+    ) -> Tensor | list[Tensor]:
+        """L2-normalised region embeddings.
+
+        `prompts` is a tensor of boxes (B, P, 4), and the result (B, P, E); or a list with, for each image, boxes
+        (P_i, 4) or a list of `Box`, `Point`, `Mask`, `Text` (or tuples of them, which make one prompt of several
+        parts), and the result a list of (P_i, E).  Raises ValueError for a box outside [0, 1] or empty, for a text
+        prompt if the Prompter has none, and where images and lists differ in number.
+        """
+        num_images = len(features.tokens)
+        if len(prompts) != num_images:
+            raise ValueError(f"{num_images} images but prompts for {len(prompts)}")
+        if isinstance(prompts, Tensor):
+            check_boxes(prompts)
+            return self._prompt(features, self.prompt_encoder.boxes(prompts))
+        if all(isinstance(image, Tensor) for image in prompts):
+            counts = [len(image) for image in prompts]
+            padded = features.tokens.new_tensor([0.0, 0.0, 1.0, 1.0]).repeat(num_images, max(counts, default=0), 1)
+            for row, image in zip(padded, prompts, strict=True):
+                row[: len(image)] = image  # pyright: ignore[reportArgumentType, reportCallIssue]
+            check_boxes(padded)
+            batch = self.prompt_encoder.boxes(padded)
+        else:
+            listed = [[_as_prompt(p) for p in image] for image in prompts]
+            if not self.has_text_prompts and any(_has_text(p) for image in listed for p in image):
+                raise ValueError(NO_TEXT_PROMPTS)
+            counts = [len(image) for image in listed]
+            batch = self.prompt_encoder(listed)
+        embeddings = self._prompt(features, batch)
+        return [row[:count] for row, count in zip(embeddings, counts, strict=True)]
+
+    def ground(self, features: ImageFeatures, texts: Float[Tensor, "B P E"]) -> Float[Tensor, "B P 4"]:
+        """The box of each text in its image, from embeddings by `encode_text`.
+
+        Raises ValueError if the Prompter has no text prompts.
+        """
+        if self.box_head is None:
+            raise ValueError(NO_TEXT_PROMPTS)
+        boxes = self.box_head(self.prompter(features.tokens, self.prompt_encoder.texts(texts))).clamp(0, 1)
+        first, second = boxes.chunk(2, dim=-1)  # the published head does not order its corners
+        return torch.cat([torch.minimum(first, second), torch.maximum(first, second)], -1)
+
+    def _prompt(self, features: ImageFeatures, prompts: PromptBatch) -> Tensor:
+        return _normalize(self.prompter(features.tokens, prompts).embedding)
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        pixels: Float[Tensor, "B 3 S S"],
+        caption_ids: Int[Tensor, "B T"],
+        boxes: Float[Tensor, "B M 4"] | None = None,
+        text_ids: Int[Tensor, "U T"] | None = None,
+        text_index: Int[Tensor, "B M"] | None = None,
+    ) -> ClocOutput:
+        """Everything the losses need, from one pass of each tower.
+
+        Distinct region texts are encoded once, as rows of `text_ids`; `text_index` says which row each region has.
+        Without boxes only the image-text part is computed (the CLIP baseline).
+        """
+        features = self.encode_image(pixels)
+        output: dict[str, Tensor] = {
+            "image": features.embedding,
+            "caption": self.encode_text(caption_ids),
+            "logit_scale": self.clip.logit_scale.reshape(()).exp().clamp_max(MAX_LOGIT_SCALE),
+        }
+        if boxes is not None:
+            assert text_ids is not None
+            assert text_index is not None
+            num_regions = boxes.shape[1]
+            region_text = self.encode_text(text_ids)[text_index]
+            prompts = self.prompt_encoder.boxes(boxes)
+            if self.box_head is not None:  # box and text prompts share one pass, and with it the keys and values
+                prompts = concatenate([prompts, self.prompt_encoder.texts(region_text)], dim=1)
+            prompted = self.prompter(features.tokens, prompts)
+            output["region"] = _normalize(prompted.embedding[:, :num_regions])
+            output["region_text"] = region_text
+            output["region_logit_scale"] = self.region_logit_scale.exp().clamp_max(MAX_LOGIT_SCALE)
+            if self.box_head is not None:
+                by_text = type(prompted)(embedding=prompted.embedding[:, num_regions:], memory=prompted.memory)
+                output["ground_boxes"] = self.box_head(by_text)
+        return ClocOutput(**output)
+
+
+def _normalize(x: Tensor) -> Tensor:
+    """L2-normalised in float32, so that cosines are exact under autocast too."""
+    return F.normalize(x.float(), dim=-1)
+
+
+def _as_prompt(prompt: Any) -> Prompt:
+    if isinstance(prompt, Tensor):
+        x0, y0, x1, y1 = prompt.tolist()
+        return Box(x0, y0, x1, y1)
+    return prompt
+
+
+def _has_text(prompt: Prompt) -> bool:
+    return isinstance(prompt, Text) or (isinstance(prompt, tuple) and any(isinstance(part, Text) for part in prompt))
+
+
+AutoConfig.register("cloc", ClocConfig)
+AutoModel.register(ClocConfig, ClocModel)

@@ -1,0 +1,210 @@
+"""The Prompter: prompts and image tokens -> region embeddings (paper section 3.2), and the box heads (section 3.4).
+
+Three forms behind one interface `prompter(tokens, prompts) -> PrompterOutput`:
+
+* `CrossPrompter` (default): the prompt tokens are the only queries, keys and values come from the image tokens.
+  Differs from the paper, which runs a whole encoder layer per prompt: here the cost per prompt does not grow with
+  another pass over the image.  The spatial prior enters as an attention bias with a learnable slope per head, the
+  position basis is shared by patches and prompts, and nothing of a prompt token itself goes on (no residual), so a
+  region embedding can only say what was attended to.
+* `EncoderPrompter`: the published form, no prior.
+* `RoiPrompter`: RoIAlign, the published baseline (table 2, row 9).  It has no text prompts.
+
+Symbols: B images, P prompts per image, K tokens per prompt, N patches, D width of the vision tower, E width of the
+joint embedding, H heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from opencloc.model.prompts import PromptBatch, patch_centres, sinusoidal
+from opencloc.model.roi import roi_align
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrompterOutput:
+    """`embedding`: z, not yet normalised.  `memory`: what the box head may look at (keys of the image tokens)."""
+
+    embedding: Float[Tensor, "B P E"]
+    memory: Float[Tensor, "B N D"]
+
+
+class Mlp(nn.Sequential):
+    """Two-layer GELU MLP."""
+
+    def __init__(self, width: int, hidden: int, out: int) -> None:
+        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out))
+
+
+class Memory(nn.Module):
+    """Image tokens as keys and values: normalised, with the position basis that prompts share added."""
+
+    basis: Tensor
+
+    def __init__(self, width: int, grid: tuple[int, int], shared_positions: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.width, self.grid, self.shared_positions = width, grid, shared_positions
+
+    def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        memory = self.norm(tokens)
+        if not self.shared_positions:
+            return memory
+        basis = sinusoidal(patch_centres(self.grid, tokens.device), self.width, max(self.grid) / 2)
+        return memory + basis.to(memory.dtype)
+
+
+class CrossPrompter(nn.Module):
+    """Attention from prompt tokens to image tokens, biased by the spatial prior; then mean, MLP, projection."""
+
+    def __init__(
+        self,
+        width: int,
+        embed_dim: int,
+        grid: tuple[int, int],
+        *,
+        num_heads: int,
+        prior_slope: float | None,
+        shared_positions: bool,
+    ) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"prompter_heads must divide the width {width} of the vision tower, got {num_heads}")
+        self.num_heads = num_heads
+        self.memory = Memory(width, grid, shared_positions)
+        self.norm_query = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        # attention bias = -exp(log_slope) * penalty: positive whatever is learned, one slope per head
+        self.log_slope = nn.Parameter(torch.full((num_heads,), prior_slope)) if prior_slope is not None else None
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = Mlp(width, 4 * width, width)
+        self.norm_out = nn.LayerNorm(width)
+        self.projection = nn.Linear(width, embed_dim, bias=False)
+
+    def forward(self, tokens: Float[Tensor, "B N D"], prompts: PromptBatch) -> PrompterOutput:
+        batch, count, num_tokens, width = prompts.tokens.shape
+        memory = self.memory(tokens)
+        query = self.query(self.norm_query(prompts.tokens)).reshape(batch, count * num_tokens, width)
+        q, k, v = (self._heads(x) for x in (query, self.key(memory), self.value(memory)))
+        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+        if self.log_slope is not None:
+            penalty = prompts.penalty.reshape(batch, 1, count * num_tokens, -1)
+            scores = scores - self.log_slope.exp()[:, None, None] * penalty
+        attended = (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).reshape(batch, count, num_tokens, width)
+        x = masked_mean(self.out(attended), prompts.valid)
+        x = x + self.mlp(self.norm_mlp(x))
+        return PrompterOutput(embedding=self.projection(self.norm_out(x)), memory=memory)
+
+    def _heads(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B H S d"]:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class EncoderPrompter(nn.Module):
+    """The published form: prompt tokens before the image tokens, a single-head encoder layer, mean, projection."""
+
+    def __init__(self, width: int, embed_dim: int, grid: tuple[int, int], *, shared_positions: bool) -> None:
+        super().__init__()
+        self.memory = Memory(width, grid, shared_positions)
+        self.norm_attention = nn.LayerNorm(width)
+        self.attention_in = nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = Mlp(width, 4 * width, width)
+        self.norm_out = nn.LayerNorm(width)
+        self.projection = nn.Linear(width, embed_dim, bias=False)
+
+    def forward(self, tokens: Float[Tensor, "B N D"], prompts: PromptBatch) -> PrompterOutput:
+        batch, count = prompts.tokens.shape[:2]
+        memory = self.memory(tokens)
+        image = memory[:, None].expand(-1, count, -1, -1)
+        x = torch.cat([prompts.tokens.to(memory.dtype), image], dim=2).flatten(0, 1)  # (B P, K + N, D)
+        valid = torch.cat([prompts.valid, prompts.valid.new_ones(batch, count, image.shape[2])], 2).flatten(0, 1)
+        q, k, v = self.attention_in(self.norm_attention(x))[:, None].chunk(3, dim=-1)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None])[:, 0]
+        x = x + self.attention_out(attended)
+        x = x + self.mlp(self.norm_mlp(x))
+        pooled = masked_mean(x, valid).unflatten(0, (batch, count))
+        return PrompterOutput(embedding=self.projection(self.norm_out(pooled)), memory=memory)
+
+
+class RoiPrompter(nn.Module):
+    """RoIAlign over the image tokens, mean over the bins, MLP, projection.  Points and masks count as their extent."""
+
+    def __init__(self, width: int, embed_dim: int, grid: tuple[int, int], *, roi_size: int) -> None:
+        super().__init__()
+        self.grid, self.roi_size = grid, roi_size
+        self.memory = Memory(width, grid, shared_positions=False)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = Mlp(width, 4 * width, width)
+        self.norm_out = nn.LayerNorm(width)
+        self.projection = nn.Linear(width, embed_dim, bias=False)
+
+    def forward(self, tokens: Float[Tensor, "B N D"], prompts: PromptBatch) -> PrompterOutput:
+        memory = self.memory(tokens)
+        feature_map = memory.transpose(1, 2).unflatten(-1, self.grid)
+        x = roi_align(feature_map, prompts.boxes, self.roi_size).mean((-1, -2))
+        x = x + self.mlp(self.norm_mlp(x))
+        return PrompterOutput(embedding=self.projection(self.norm_out(x)), memory=memory)
+
+
+class MlpBoxHead(nn.Module):
+    """The published head: a 2-layer GELU MLP from the text-prompted z to (x0, y0, x1, y1) (section 3.4).
+
+    As published the four numbers are free: nothing orders the corners.
+    """
+
+    def __init__(self, embed_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.mlp = Mlp(embed_dim, hidden, 4)
+
+    def forward(self, output: PrompterOutput) -> Float[Tensor, "B P 4"]:
+        return self.mlp(F.normalize(output.embedding, dim=-1) * output.embedding.shape[-1] ** 0.5).float()
+
+
+class AnchoredBoxHead(nn.Module):
+    """A box read off an attention map: centre and extent are the map's moments, corrected by an MLP.
+
+    z asks the image tokens where it is; the mean position under that attention is the centre, its spread the
+    extent (a uniform density on an interval of width w has standard deviation w / sqrt(12)).  A 2-layer GELU MLP on z
+    and the features attended to adds small corrections.  Differs from the paper's head, which has to regress the place
+    from z alone.
+    """
+
+    def __init__(self, width: int, embed_dim: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid = grid
+        self.query = nn.Linear(embed_dim, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.mlp = Mlp(embed_dim + width, width, 4)
+
+    def forward(self, output: PrompterOutput) -> Float[Tensor, "B P 4"]:
+        z = F.normalize(output.embedding, dim=-1) * output.embedding.shape[-1] ** 0.5
+        query, key = self.query(z), self.key(output.memory)
+        attention = ((query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5).softmax(-1)  # (B, P, N)
+        positions = patch_centres(self.grid, attention.device)
+        centre = attention @ positions
+        variance = (attention @ positions.square() - centre.square()).clamp_min(0)
+        # a patch is not a point: its own extent is part of the spread (and keeps the square root differentiable)
+        patch = positions.new_tensor([1 / self.grid[1], 1 / self.grid[0]])
+        size = (12 * (variance + patch.square() / 12)).sqrt()
+        attended = attention.to(output.memory.dtype) @ self.value(output.memory)
+        offset, log_scale = self.mlp(torch.cat([z, attended], -1)).float().chunk(2, dim=-1)
+        centre = centre + size * offset.tanh() / 2
+        half = size * (2 * (log_scale / 2).tanh()).exp() / 2
+        return torch.cat([centre - half, centre + half], -1)
+
+
+def masked_mean(x: Float[Tensor, "*S K D"], valid: Tensor) -> Float[Tensor, "*S D"]:
+    """Mean over the valid tokens; zeros where none is."""
+    weight = valid.to(x.dtype)
+    return (x * weight[..., None]).sum(-2) / weight.sum(-1, keepdim=True).clamp_min(1)

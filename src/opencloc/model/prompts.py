@@ -1,0 +1,263 @@
+"""Prompts: what a user points with, and the tokens and spatial priors it becomes.
+
+A prompt is one or more tokens, each with a spatial prior over the patches of the image: a penalty >= 0, in patches,
+that says how far a patch lies from what the prompt points at.
+
+* box: two corner tokens (paper section 3.2), penalty = distance of the patch centre outside the box;
+* point: one token, penalty = r^2 / 2 with r the distance in patches (a Gaussian of one patch);
+* mask: the corner tokens of its bounding box, penalty = distance to the nearest covered patch;
+* text: one token made of f_T(y), no penalty;
+* several prompts in a tuple: their tokens, side by side, make one prompt.
+
+Patches and corners share one sinusoidal position basis.  All coordinates are in the frame of the letterboxed
+square.  This file owns that translation; what is done with the tokens is the Prompter's business.
+
+Symbols: B images, P prompts per image, K tokens per prompt, N patches, D width of the vision tower, E width of the
+joint embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+MIN_CYCLES = 0.25  # lowest frequency of the position basis, in cycles per image
+
+
+@dataclass(frozen=True)
+class Box:
+    """A region given by its corners: x0 < x1, y0 < y1 in [0, 1] of the square."""
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """A region given by one point in [0, 1] of the square."""
+
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A region given by a mask over the square: any resolution (H, W), bool or coverage in [0, 1]."""
+
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Text:
+    """A region given by a text: its embedding f_T(y), shape (E,)."""
+
+    embedding: Tensor
+
+
+Prompt = Box | Point | Mask | Text | tuple[Box | Point | Mask | Text, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptBatch:
+    """Prompts of a batch, padded to the same number per image and of tokens per prompt."""
+
+    tokens: Float[Tensor, "B P K D"]
+    penalty: Float[Tensor, "B P K N"]
+    valid: Bool[Tensor, "B P K"]  # False where a token is padding
+    boxes: Float[Tensor, "B P 4"]  # extent of the prompt; the whole square for a text
+
+
+def sinusoidal(xy: Float[Tensor, "*S 2"], dim: int, max_cycles: float) -> Float[Tensor, "*S D"]:
+    """Position basis of points in [0, 1]: half of it sines and cosines of x, half of y.
+
+    `dim` must be a multiple of 4.  Frequencies run geometrically from `MIN_CYCLES` to `max_cycles` per image;
+    half the number of patches per side is the finest that patches can tell apart.
+    """
+    if dim % 4:
+        raise ValueError(f"the width of the vision tower must be a multiple of 4 for the position basis, got {dim}")
+    steps = torch.linspace(0, 1, dim // 4, device=xy.device)
+    cycles = MIN_CYCLES * (max(max_cycles, 1.0) / MIN_CYCLES) ** steps
+    phase = 2 * math.pi * xy.float()[..., None] * cycles
+    return torch.cat([phase.sin(), phase.cos()], dim=-1).flatten(-2)
+
+
+def patch_centres(grid: tuple[int, int], device: torch.device | None = None) -> Float[Tensor, "N 2"]:
+    """Centres (x, y) in [0, 1] of the patches of a (rows, columns) grid, row by row."""
+    rows, columns = grid
+    y = (torch.arange(rows, device=device) + 0.5) / rows
+    x = (torch.arange(columns, device=device) + 0.5) / columns
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 2)
+
+
+def box_penalty(boxes: Float[Tensor, "*S 4"], grid: tuple[int, int]) -> Float[Tensor, "*S N"]:
+    """Distance of every patch centre to the box, in patches; 0 inside."""
+    centres, size = patch_centres(grid, boxes.device), boxes.new_tensor([grid[1], grid[0]])
+    boxes = boxes.float()[..., None, :]
+    outside = torch.maximum(boxes[..., :2] - centres, centres - boxes[..., 2:]).clamp_min(0)
+    return _norm(outside * size)
+
+
+def point_penalty(points: Float[Tensor, "*S 2"], grid: tuple[int, int]) -> Float[Tensor, "*S N"]:
+    """Half the squared distance of every patch centre to the point, in patches."""
+    centres, size = patch_centres(grid, points.device), points.new_tensor([grid[1], grid[0]])
+    return ((points.float()[..., None, :] - centres) * size).square().sum(-1) / 2
+
+
+def mask_penalty(mask: Float[Tensor, "H W"], grid: tuple[int, int]) -> Float[Tensor, " N"]:
+    """Distance in patches to the nearest covered patch, a patch half covered counting as half a patch away."""
+    coverage = nn.functional.adaptive_avg_pool2d(mask.float()[None, None], grid).flatten()
+    centres = patch_centres(grid, mask.device) * mask.new_tensor([grid[1], grid[0]], dtype=torch.float32)
+    return (torch.cdist(centres, centres) + (1 - coverage)).amin(-1)
+
+
+def mask_box(mask: Tensor) -> Float[Tensor, " 4"]:
+    """Bounding box of a mask, normalised.  Raises ValueError if the mask is empty or not two-dimensional."""
+    if mask.ndim != 2:
+        raise ValueError(f"a mask has shape (H, W), this one {tuple(mask.shape)}")
+    rows, columns = (mask > 0).any(1).nonzero(), (mask > 0).any(0).nonzero()
+    if len(rows) == 0:
+        raise ValueError("the mask is empty")
+    height, width = mask.shape
+    box = [columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height]
+    return torch.stack([edge.squeeze() for edge in box]).float()
+
+
+def check_boxes(boxes: Tensor) -> None:
+    """Raises ValueError naming the first box that is not finite, reaches outside [0, 1] or is empty."""
+    bad = ~torch.isfinite(boxes).all(-1) | (boxes < -1e-4).any(-1) | (boxes > 1 + 1e-4).any(-1)
+    bad |= (boxes[..., 2] <= boxes[..., 0]) | (boxes[..., 3] <= boxes[..., 1])
+    if bad.any():
+        where = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(
+            f"box {where} is {boxes[where].tolist()}: needs finite 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1 "
+            "(normalised to the letterboxed square, not pixels)"
+        )
+
+
+class PromptEncoder(nn.Module):
+    """Prompts -> tokens and priors.  One private method per kind of prompt."""
+
+    def __init__(self, width: int, embed_dim: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.width, self.grid = width, grid
+        self.corner_kind = nn.Parameter(torch.zeros(2, width))  # top left, bottom right
+        self.point_kind = nn.Parameter(torch.zeros(width))
+        self.text_kind = nn.Parameter(torch.zeros(width))
+        self.text_projection = nn.Linear(embed_dim, width)
+
+    def basis(self, xy: Float[Tensor, "*S 2"]) -> Float[Tensor, "*S D"]:
+        """Position basis shared by prompts and patches."""
+        return sinusoidal(xy, self.width, max(self.grid) / 2)
+
+    def boxes(self, boxes: Float[Tensor, "B P 4"]) -> PromptBatch:
+        """Box prompts.  Values are not checked: the training loop must not wait for the device."""
+        batch, count = boxes.shape[:2]
+        tokens = self.basis(boxes.reshape(batch, count, 2, 2)) + self.corner_kind
+        penalty = box_penalty(boxes, self.grid)[:, :, None].expand(-1, -1, 2, -1)
+        return PromptBatch(tokens=tokens, penalty=penalty, valid=_all_valid(tokens), boxes=boxes.float())
+
+    def texts(self, embeddings: Float[Tensor, "B P E"]) -> PromptBatch:
+        """Text prompts, from L2-normalised embeddings f_T(y)."""
+        batch, count, embed_dim = embeddings.shape
+        tokens = (self.text_projection(embeddings * embed_dim**0.5) + self.text_kind)[:, :, None]
+        penalty = torch.zeros(batch, count, 1, self.grid[0] * self.grid[1], device=tokens.device)
+        whole = penalty.new_tensor([0.0, 0.0, 1.0, 1.0]).expand(batch, count, 4)
+        return PromptBatch(tokens=tokens, penalty=penalty, valid=_all_valid(tokens), boxes=whole)
+
+    def forward(self, prompts: Sequence[Sequence[Prompt]]) -> PromptBatch:
+        """Any prompts, any number per image; images with fewer get padding (its tokens are not valid)."""
+        rows = [[self._one(prompt) for prompt in image] for image in prompts]
+        device = self.corner_kind.device
+        count = max((len(row) for row in rows), default=0)
+        num_tokens = max((p.tokens.shape[2] for row in rows for p in row), default=1)
+        empty = PromptBatch(
+            tokens=torch.zeros(1, 1, 0, self.width, device=device),
+            penalty=torch.zeros(1, 1, 0, self.grid[0] * self.grid[1], device=device),
+            valid=torch.zeros(1, 1, 0, dtype=torch.bool, device=device),
+            boxes=torch.tensor([0.0, 0.0, 1.0, 1.0], device=device).reshape(1, 1, 4),
+        )
+        padded = [[_pad_tokens(p, num_tokens) for p in [*row, *[empty] * (count - len(row))]] for row in rows]
+        if count == 0:
+            blank = _pad_tokens(empty, 1)
+            shape = {"tokens": blank.tokens, "penalty": blank.penalty, "valid": blank.valid, "boxes": blank.boxes}
+            return PromptBatch(**{k: v[:, :0].expand(len(rows), *v[:, :0].shape[1:]) for k, v in shape.items()})
+        return concatenate([concatenate(row, dim=1) for row in padded], dim=0)
+
+    def _one(self, prompt: Prompt) -> PromptBatch:
+        if isinstance(prompt, tuple):
+            if not prompt:
+                raise ValueError("a combined prompt needs at least one part")
+            parts = [self._one(part) for part in prompt]
+            places = [part.boxes for part, p in zip(parts, prompt, strict=True) if not isinstance(p, Text)]
+            corners = torch.stack(places or [parts[0].boxes])
+            return PromptBatch(
+                tokens=torch.cat([p.tokens for p in parts], 2),
+                penalty=torch.cat([p.penalty for p in parts], 2),
+                valid=torch.cat([p.valid for p in parts], 2),
+                boxes=torch.cat([corners[..., :2].amin(0), corners[..., 2:].amax(0)], -1),
+            )
+        if isinstance(prompt, Box):
+            box = self.corner_kind.new_tensor([[[prompt.x0, prompt.y0, prompt.x1, prompt.y1]]])
+            check_boxes(box)
+            return self.boxes(box)
+        if isinstance(prompt, Point):
+            return self._point(prompt)
+        if isinstance(prompt, Mask):
+            return self._mask(prompt.mask.to(self.corner_kind.device))
+        return self.texts(prompt.embedding.to(self.corner_kind.device)[None, None])
+
+    def _point(self, point: Point) -> PromptBatch:
+        xy = self.corner_kind.new_tensor([[[point.x, point.y]]])
+        if not (torch.isfinite(xy).all() and (xy >= 0).all() and (xy <= 1).all()):
+            raise ValueError(f"{point} lies outside the square [0, 1] (normalised, not pixels)")
+        tokens = (self.basis(xy) + self.point_kind)[:, :, None]
+        half = xy.new_tensor([0.5 / self.grid[1], 0.5 / self.grid[0]])
+        box = torch.cat([xy - half, xy + half], -1).clamp(0, 1)
+        penalty = point_penalty(xy, self.grid)[:, :, None]
+        return PromptBatch(tokens=tokens, penalty=penalty, valid=_all_valid(tokens), boxes=box)
+
+    def _mask(self, mask: Tensor) -> PromptBatch:
+        as_box = self.boxes(mask_box(mask)[None, None])
+        penalty = mask_penalty(mask, self.grid)[None, None, None].expand(-1, -1, 2, -1)
+        return PromptBatch(tokens=as_box.tokens, penalty=penalty, valid=as_box.valid, boxes=as_box.boxes)
+
+
+def concatenate(batches: Sequence[PromptBatch], dim: int) -> PromptBatch:
+    """Prompt batches side by side: dim 0 joins images, dim 1 joins prompts.  Token counts are padded to the largest."""
+    num_tokens = max(batch.tokens.shape[2] for batch in batches)
+    batches = [_pad_tokens(batch, num_tokens) for batch in batches]
+    return PromptBatch(
+        tokens=torch.cat([b.tokens for b in batches], dim),
+        penalty=torch.cat([b.penalty for b in batches], dim),
+        valid=torch.cat([b.valid for b in batches], dim),
+        boxes=torch.cat([b.boxes for b in batches], dim),
+    )
+
+
+def _pad_tokens(batch: PromptBatch, num_tokens: int) -> PromptBatch:
+    missing = num_tokens - batch.tokens.shape[2]
+    if missing == 0:
+        return batch
+    pad = nn.functional.pad
+    return PromptBatch(
+        tokens=pad(batch.tokens, (0, 0, 0, missing)),
+        penalty=pad(batch.penalty, (0, 0, 0, missing)),
+        valid=pad(batch.valid, (0, missing)),
+        boxes=batch.boxes,
+    )
+
+
+def _all_valid(tokens: Tensor) -> Tensor:
+    return torch.ones(tokens.shape[:3], dtype=torch.bool, device=tokens.device)
+
+
+def _norm(xy: Float[Tensor, "*S 2"]) -> Float[Tensor, "*S"]:
+    """Euclidean length without torch.linalg (which upsets autocast); no gradient is ever taken through it."""
+    return xy.square().sum(-1).sqrt()

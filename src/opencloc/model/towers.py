@@ -1,0 +1,102 @@
+"""What differs between CLIP, SigLIP and SigLIP 2: how each gives pooled embeddings and tokens.
+
+The towers are transformers' own classes, untouched, so that every checkpoint of theirs loads and every export is theirs
+again.  This file owns the few lines in which the three families differ; nothing else in the project names a family.
+
+Symbols: B images or texts, N patches, T text tokens, D width of the vision tower, E width of the joint embedding,
+S side of the square image in pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+FAMILIES = ("clip", "siglip", "siglip2")
+
+
+def check_family(config: PreTrainedConfig) -> None:
+    """Raises ValueError unless the config is one of `FAMILIES`."""
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"towers must be one of {', '.join(FAMILIES)}; got a {config.model_type!r} config")
+
+
+def embed_dim(config: Any) -> int:
+    """Width E of the joint embedding."""
+    return config.projection_dim if config.model_type == "clip" else config.vision_config.hidden_size
+
+
+def patch_grid(config: Any) -> tuple[int, int]:
+    """(rows, columns) of patches."""
+    vision = config.vision_config
+    side = round(vision.num_patches**0.5) if config.model_type == "siglip2" else vision.image_size // vision.patch_size
+    return side, side
+
+
+def image_size(config: Any) -> int:
+    """Side S of the square image in pixels."""
+    return patch_grid(config)[0] * config.vision_config.patch_size
+
+
+def max_text_length(config: Any) -> int:
+    """Most tokens a text may have, special tokens included."""
+    return config.text_config.max_position_embeddings
+
+
+def pads_to_max_length(config: Any) -> bool:
+    """SigLIP reads the embedding off the last position, padding or not: every text has the full length."""
+    return config.model_type != "clip"
+
+
+def vision_forward(
+    towers: Any, pixels: Float[Tensor, "B 3 S S"]
+) -> tuple[Float[Tensor, "B E"], Float[Tensor, "B N D"]]:
+    """(pooled and projected embedding, not normalised; patch tokens before pooling and projection)."""
+    if towers.config.model_type == "clip":
+        out = towers.vision_model(pixel_values=pixels)
+        return towers.visual_projection(out.pooler_output), out.last_hidden_state[:, 1:]
+    if towers.config.model_type == "siglip":
+        out = towers.vision_model(pixel_values=pixels)
+        return out.pooler_output, out.last_hidden_state
+    rows, columns = patch_grid(towers.config)
+    patches = patchify(pixels, towers.config.vision_config.patch_size)
+    shapes = torch.tensor([[rows, columns]] * len(pixels))
+    mask = torch.ones(patches.shape[:2], dtype=torch.int32, device=pixels.device)
+    out = towers.vision_model(pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes)
+    return out.pooler_output, out.last_hidden_state
+
+
+def patchify(pixels: Float[Tensor, "B 3 S S"], patch: int) -> Float[Tensor, "B N C"]:
+    """Flattened patches as SigLIP 2's image processor makes them: row by row, each (row, column, channel)."""
+    batch, channels, height, width = pixels.shape
+    x = pixels.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch * patch * channels)
+
+
+def text_forward(towers: Any, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B E"]:
+    """Pooled and projected text embedding, not normalised.
+
+    No attention mask: CLIP's attention is causal and reads the end-of-text token, so padding behind it changes
+    nothing; SigLIP was trained attending to its padding.
+    """
+    return towers.get_text_features(input_ids=input_ids).pooler_output
+
+
+def dense_embedding(towers: Any, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N E"]:
+    """Every patch token on its own through the tower's pooling and projection: CLIP's only dense features.
+
+    CLIP: final norm and projection, made for the class token.  SigLIP: the pooling head attending to one token only.
+    """
+    if towers.config.model_type == "clip":
+        return towers.visual_projection(towers.vision_model.post_layernorm(tokens))
+    batch, count, width = tokens.shape
+    return towers.vision_model.head(tokens.reshape(batch * count, 1, width)).reshape(batch, count, -1)
+
+
+def position_table(towers: Any) -> tuple[torch.nn.Embedding, int]:
+    """(position embedding of the vision tower, how many rows come before the patches)."""
+    return towers.vision_model.embeddings.position_embedding, 1 if towers.config.model_type == "clip" else 0

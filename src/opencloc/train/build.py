@@ -1,0 +1,98 @@
+"""Model and processor of a run: from scratch, from a checkpoint to start from, or from the run's own checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, CLIPConfig, Siglip2Config, SiglipConfig
+
+from opencloc.config import ModelConfig, TrainConfig
+from opencloc.data.sample import BadSample, Source
+from opencloc.model.cloc import ClocConfig, ClocModel
+from opencloc.model.processor import ClocProcessor, train_tokenizer
+
+TOKENIZER_SAMPLES = 2000  # samples per source whose texts train a tokenizer
+
+
+def build_model(
+    config: TrainConfig, sources: Sequence[Source], resume_from: Path | None
+) -> tuple[ClocModel, ClocProcessor]:
+    """Model and processor, with weights drawn from `config.seed` where they are new.
+
+    A resumed run takes its processor (and architecture) from its checkpoint; weights are loaded by the caller.
+    """
+    model_config = config.model
+    torch.manual_seed(config.seed)
+    if resume_from is not None:
+        processor = ClocProcessor.from_pretrained(resume_from)
+        cloc = ClocConfig.from_pretrained(resume_from)
+        cloc.clip_config._attn_implementation = model_config.attention  # pyright: ignore
+        return ClocModel(cloc), processor
+    region = {
+        name: getattr(model_config, name)
+        for name in ("prompter", "prompter_heads", "prior_slope", "shared_positions", "box_head")
+    }
+    if model_config.init_from is not None:
+        kind = AutoConfig.from_pretrained(model_config.init_from).model_type
+        if kind == "cloc":
+            processor = ClocProcessor.from_pretrained(model_config.init_from)
+            return ClocModel.from_pretrained(model_config.init_from, use_safetensors=True), processor
+        return ClocModel.from_clip(model_config.init_from, **region), ClocProcessor.from_clip(model_config.init_from)
+    tokenizer: Any
+    if model_config.tokenizer is not None:
+        tokenizer = AutoTokenizer.from_pretrained(model_config.tokenizer)
+    else:
+        tokenizer = train_tokenizer(texts_of(sources), model_config.vocab_size, model_config.text_length)
+    clip = tower_config(model_config, tokenizer)
+    clip._attn_implementation = model_config.attention
+    return ClocModel(ClocConfig(clip_config=clip, **region)), ClocProcessor.for_towers(clip, tokenizer)
+
+
+def tower_config(config: ModelConfig, tokenizer: Any) -> Any:
+    """Transformers' configuration of towers of the given sizes, for the given tokenizer."""
+    vision = {
+        "hidden_size": config.vision_width,
+        "intermediate_size": 4 * config.vision_width,
+        "num_hidden_layers": config.vision_layers,
+        "num_attention_heads": config.vision_heads,
+        "patch_size": config.patch_size,
+    }
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": config.text_width,
+        "intermediate_size": 4 * config.text_width,
+        "num_hidden_layers": config.text_layers,
+        "num_attention_heads": config.text_heads,
+        "max_position_embeddings": config.text_length,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if config.family == "clip":
+        return CLIPConfig(
+            vision_config=vision | {"image_size": config.image_size, "hidden_act": "gelu"},
+            text_config=text | {"hidden_act": "gelu"},
+            projection_dim=config.embed_dim,
+        )
+    text["projection_size"] = config.vision_width
+    if config.family == "siglip":
+        return SiglipConfig(vision_config=vision | {"image_size": config.image_size}, text_config=text)
+    num_patches = (config.image_size // config.patch_size) ** 2
+    return Siglip2Config(vision_config=vision | {"num_patches": num_patches}, text_config=text)
+
+
+def texts_of(sources: Sequence[Source]) -> list[str]:
+    """Captions and region texts of the first samples of every source; unusable samples are passed over."""
+    texts: list[str] = []
+    for source in sources:
+        for index in islice(range(TOKENIZER_SAMPLES), source.size):
+            try:
+                sample = source[index]
+            except BadSample:
+                continue  # counted when training meets it
+            texts += [*sample.captions, *sample.texts, *([sample.alt_text] if sample.alt_text else [])]
+    return texts

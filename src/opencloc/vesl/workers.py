@@ -1,0 +1,294 @@
+"""Where shards are labelled: in this process, in local processes, or in Ray actors.
+
+Owns starting workers, giving them shards and noticing when one dies.  A worker answers every shard with an `Outcome`;
+which shards there are, and what an outcome means for the run, is `run.py`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Protocol
+
+import torch
+
+from opencloc.vesl.engine import ModelFailure
+from opencloc.vesl.label import Progress, Shard, ShardReport, label_shard, load_engine
+from opencloc.vesl.label_config import LabelConfig
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How one attempt at a shard ended."""
+
+    shard: Shard
+    report: ShardReport | None = None  # None: it failed
+    problem: str = ""  # why it failed
+    fatal: bool = False  # no shard can succeed: the models can't be loaded
+
+
+class Workers(Protocol):
+    """A fixed number of workers, each busy with at most one shard.  A context manager; leaving it stops them."""
+
+    def idle(self) -> int:
+        """How many can take a shard now."""
+        ...
+
+    def submit(self, shard: Shard) -> None:
+        """Gives a shard to an idle worker."""
+        ...
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Waits a moment for what has ended since; progress is reported meanwhile."""
+        ...
+
+    def __enter__(self) -> Workers: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def attempt(config: LabelConfig, shard: Shard, retry: bool, progress: Progress | None = None) -> Outcome:
+    """Labels one shard here; what goes wrong is in the outcome, never raised."""
+    try:
+        engine = load_engine(config)
+    except Exception as error:
+        return Outcome(shard=shard, problem=_describe(error), fatal=True)
+    try:
+        return Outcome(shard=shard, report=label_shard(config, shard, engine=engine, progress=progress, retry=retry))
+    except ModelFailure as error:
+        load_engine.cache_clear()  # the next attempt loads it afresh
+        return Outcome(shard=shard, problem=str(error))
+    except Exception as error:
+        return Outcome(shard=shard, problem=_describe(error))
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+class InProcess:
+    """This process as the only worker."""
+
+    def __init__(self, config: LabelConfig, retry: bool, progress: Progress) -> None:
+        self._config, self._retry, self._progress = config, retry, progress
+        self._shard: Shard | None = None
+
+    def idle(self) -> int:
+        return int(self._shard is None)
+
+    def submit(self, shard: Shard) -> None:
+        self._shard = shard
+
+    def outcomes(self) -> Iterator[Outcome]:
+        if self._shard is not None:
+            yield attempt(self._config, self._shard, self._retry, self._progress)
+            self._shard = None
+
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        load_engine.cache_clear()
+
+
+@dataclass(kw_only=True)
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+    shard: Shard | None = None
+
+
+class Processes:
+    """`count` processes on this machine, each with models of its own and one BLAS thread.
+
+    With several GPUs the workers take turns.  Signals of the terminal reach only the parent, which stops the workers.
+    A worker that dies is replaced, and its shard fails.
+    """
+
+    def __init__(self, config: LabelConfig, retry: bool, progress: Progress, count: int) -> None:
+        self._job = config, retry
+        self._progress = progress
+        self._context = multiprocessing.get_context("spawn")  # a fork would share CUDA and thread state
+        self._gpus = _visible_gpus()
+        self._workers = [self._start(number) for number in range(count)]
+
+    def idle(self) -> int:
+        return sum(worker.shard is None for worker in self._workers)
+
+    def submit(self, shard: Shard) -> None:
+        worker = next(worker for worker in self._workers if worker.shard is None)
+        worker.shard = shard
+        with contextlib.suppress(OSError):  # it has died: `outcomes` will see
+            worker.pipe.send(shard)
+
+    def outcomes(self) -> Iterator[Outcome]:
+        for pipe in wait([worker.pipe for worker in self._workers], timeout=0.5):
+            number = next(i for i, worker in enumerate(self._workers) if worker.pipe is pipe)
+            worker = self._workers[number]
+            try:
+                message = worker.pipe.recv()
+            except (EOFError, OSError):
+                worker.process.join()
+                self._workers[number] = self._start(number)
+                if worker.shard is not None:
+                    yield Outcome(shard=worker.shard, problem=_death(worker.process.exitcode))
+                continue
+            if isinstance(message, Outcome):
+                worker.shard = None
+                yield message
+            else:
+                self._progress(*message)
+
+    def _start(self, number: int) -> _Worker:
+        ours, theirs = self._context.Pipe()
+        gpu = self._gpus[number % len(self._gpus)] if self._gpus else None
+        process = self._context.Process(target=_serve, args=(theirs, *self._job, gpu), daemon=True)
+        with _environment(dict.fromkeys(_THREAD_VARIABLES, "1")):
+            process.start()
+        theirs.close()  # so that the pipe ends when the worker does
+        return _Worker(process=process, pipe=ours)
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join()
+            worker.pipe.close()
+
+
+def _serve(pipe: Connection, config: LabelConfig, retry: bool, gpu: str | None) -> None:
+    """A worker process: labels shards until the pipe ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA isn't initialised yet
+    torch.set_num_threads(1)
+
+    def progress(images: int, regions: int, failed: int) -> None:
+        pipe.send((images, regions, failed))
+
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
+        while True:
+            pipe.send(attempt(config, pipe.recv(), retry, progress))
+
+
+def _death(code: int | None) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
+        return f"the worker process was killed by {name}{hint}"
+    return f"the worker process ended with exit code {code}"
+
+
+def _visible_gpus() -> list[str]:
+    """Names for CUDA_VISIBLE_DEVICES, one per GPU; none without GPUs."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables for the processes started inside."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+class RayActors:
+    """Ray actors, on a cluster (`address`) or a local one (`local`), each with models of its own.
+
+    `count` 0 means as many as the cluster has room for.  An actor that dies is replaced, and its shard fails.  Ray does
+    no retries of its own.  Raises ValueError if Ray isn't installed, the cluster can't be reached or has no room.
+    """
+
+    def __init__(
+        self,
+        config: LabelConfig,
+        retry: bool,
+        progress: Progress,
+        *,
+        address: str,
+        count: int,
+        num_cpus: float,
+        num_gpus: float,
+    ) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise ValueError("labelling on Ray needs the extra `ray`: pip install 'opencloc[ray]'") from error
+        self._ray: Any = ray
+        self._ours = not ray.is_initialized()
+        if self._ours:
+            try:
+                ray.init(address=address, log_to_driver=False, include_dashboard=False if address == "local" else None)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise ValueError(f"no Ray cluster at {address!r}: {error}") from error
+        room = _room(ray.cluster_resources(), num_cpus, num_gpus)
+        if room == 0:
+            self.__exit__()
+            raise ValueError(f"the Ray cluster has no room for a worker of {num_cpus:g} CPUs and {num_gpus:g} GPUs")
+        self._job, self._progress = (config, retry), progress
+        self._make = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(_Actor).remote
+        self._free = [self._make() for _ in range(min(count or room, room))]
+        self._busy: dict[Any, tuple[Any, Shard]] = {}  # future -> (actor, shard)
+
+    def idle(self) -> int:
+        return len(self._free)
+
+    def submit(self, shard: Shard) -> None:
+        actor = self._free.pop()
+        self._busy[actor.label.remote(*self._job, shard)] = actor, shard
+
+    def outcomes(self) -> Iterator[Outcome]:
+        ready, _ = self._ray.wait(list(self._busy), timeout=0.5)
+        for future in ready:
+            actor, shard = self._busy.pop(future)
+            try:
+                outcome = self._ray.get(future)
+            except self._ray.exceptions.RayError as error:
+                outcome = Outcome(shard=shard, problem=f"the Ray worker died: {str(error).splitlines()[0]}")
+                actor = self._make()
+            self._free.append(actor)
+            if outcome.report is not None:
+                failed = sum(failures.count for failures in outcome.report.failed.values())
+                self._progress(outcome.report.images, outcome.report.regions, failed)
+            yield outcome
+
+    def __enter__(self) -> RayActors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ours:
+            self._ray.shutdown()  # stops the actors of this driver
+
+
+class _Actor:
+    """One Ray worker."""
+
+    def label(self, config: LabelConfig, retry: bool, shard: Shard) -> Outcome:
+        return attempt(config, shard, retry)
+
+
+def _room(resources: Mapping[str, float], num_cpus: float, num_gpus: float) -> int:
+    """How many workers a cluster can hold."""
+    rooms = [resources.get(name, 0) // need for name, need in (("CPU", num_cpus), ("GPU", num_gpus)) if need]
+    return int(min(rooms)) if rooms else 1

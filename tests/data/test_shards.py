@@ -1,0 +1,469 @@
+"""WebDataset tars: reading undoes writing, reading by number equals streaming, damage costs what is damaged."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import pickle
+import tarfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from opencloc.data.sample import BadSample, Sample
+from opencloc.data.shards import (
+    Shards,
+    ShardsConfig,
+    ShardWriter,
+    decode_image,
+    expand_urls,
+    index_shard,
+    iter_shard,
+)
+from opencloc.data.sidecar import SidecarRow, sidecar_path, write_sidecar
+
+
+def picture(seed: int = 0, width: int = 12, height: int = 7) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def file_bytes(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+PNG = file_bytes(picture())
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> str:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def region(box: list, text: str = "dog", **score: float) -> bytes:
+    return json.dumps({"regions": [{"box": box, "text": text, **score}]}).encode()
+
+
+def outcome(item: Sample | BadSample) -> tuple:
+    """What can be compared of a sample or of its failure."""
+    if isinstance(item, BadSample):
+        return ("bad", item.reason)
+    scores = None if item.scores is None else item.scores.tolist()
+    rest = (item.captions, item.alt_text, item.boxes.tolist(), item.texts, scores)
+    return (item.key, item.image.mode, item.image.size, item.image.tobytes(), *rest)
+
+
+def read(source: Shards, index: int) -> Sample | BadSample:
+    try:
+        return source[index]
+    except BadSample as bad:
+        return bad
+
+
+texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(str.strip)
+numbers = st.floats(0, 0.49, width=32)
+
+
+@st.composite
+def samples(draw: st.DrawFn) -> list[Sample]:
+    made = []
+    for number in range(draw(st.integers(1, 5))):
+        labels = draw(st.lists(texts, max_size=3))
+        corners = np.array([draw(st.tuples(numbers, numbers)) for _ in labels], dtype=np.float32).reshape(-1, 2)
+        scores = np.array([draw(st.floats(0, 1, width=32)) for _ in labels], dtype=np.float32)
+        made.append(
+            Sample(
+                key=draw(st.sampled_from(["", "some/folder/"])) + f"{number:03d}",
+                image=picture(number, draw(st.integers(1, 30)), draw(st.integers(1, 30))),
+                captions=tuple(draw(st.lists(texts, max_size=3))),
+                alt_text=draw(st.none() | texts),
+                boxes=np.concatenate([corners, corners + np.float32(0.5)], axis=1),
+                texts=tuple(labels),
+                scores=scores if labels and draw(st.booleans()) else None,
+            )
+        )
+    return made
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(samples(), st.integers(1, 4))
+def test_reading_gives_back_what_was_written(tmp_path_factory, written: list[Sample], samples_per_shard: int) -> None:
+    folder = tmp_path_factory.mktemp("shards")
+    with ShardWriter(str(folder), samples_per_shard=samples_per_shard, image_format="png") as writer:
+        assert [writer.write(sample) for sample in written] == [sample.key for sample in written]
+    source = Shards(str(folder))
+    assert len(source.urls) == -(-len(written) // samples_per_shard)
+    assert [outcome(source[i]) for i in range(source.size)] == [outcome(sample) for sample in written]
+
+
+def messy_members() -> list[tuple[str, bytes]]:
+    """One tar with everything that happens in the wild, each sample once."""
+    return [
+        ("000.jpg", file_bytes(picture(1), "JPEG")),
+        ("000.json", b'{"caption": "a dog", "alt_text": "IMG", "status": "success", "width": 12}'),
+        ("000.txt", b"another caption"),
+        ("001.PNG", PNG),
+        ("001.txt", b" a cat \n"),
+        ("002.webp", file_bytes(picture(2), "WEBP")),
+        ("a/003.jpg", file_bytes(picture(3, 7, 40), "JPEG")),
+        ("a/003.json", region([0, 0, 0.5, 1.0], score=0.25)),
+        ("no_image.txt", b"only text"),
+        ("broken.jpg", b"\xff\xd8\xff not a photo"),
+        ("cut.jpg", file_bytes(picture(4, 64, 64), "JPEG")[:-200]),
+        ("empty.jpg", b""),
+        ("json.jpg", PNG),
+        ("json.json", b'{"caption": '),
+        ("list.jpg", PNG),
+        ("list.json", b"[1, 2]"),
+        ("surrogate.jpg", PNG),
+        ("surrogate.json", rb'{"caption": "half a pair \ud83d"}'),
+        ("utf8.jpg", PNG),
+        ("utf8.txt", b"caf\xe9"),
+        ("nan.jpg", PNG),
+        ("nan.json", region([0, 0, float("nan"), 1])),
+        ("outside.jpg", PNG),
+        ("outside.json", region([0, 0, 1.2, 1])),
+        ("three.jpg", PNG),
+        ("three.json", region([0, 0, 1])),
+        ("blank.jpg", PNG),
+        ("blank.json", region([0, 0, 1, 1], text="  ")),
+        ("score.jpg", PNG),
+        ("score.json", region([0, 0, 1, 1], score=1.5)),
+        ("captionless.jpg", PNG),
+        ("captionless.json", b'{"caption": "  ", "alt_text": null, "regions": null}'),
+        ("00000_stats.json", b"{}"),
+        (".hidden.jpg", PNG),
+        ("__meta__.jpg", PNG),
+        ("000.png", PNG),
+    ]
+
+
+def test_a_messy_tar_gives_every_sample_or_the_reason_why_not(tmp_path: Path) -> None:
+    url = write_tar(tmp_path / "00000.tar", messy_members())
+    items = list(iter_shard(url))
+    good = {item.key: item for item in items if isinstance(item, Sample)}
+    bad = {item.where: item.reason for item in items if isinstance(item, BadSample)}
+    assert list(good) == ["000", "001", "002", "a/003", "captionless"]
+    assert (good["000"].captions, good["000"].alt_text) == (("a dog",), "IMG")  # the json's caption goes first
+    assert good["001"].captions == ("a cat",)
+    assert good["002"].captions == good["captionless"].captions == ()
+    assert good["a/003"].image.size == (7, 40)
+    assert (good["a/003"].boxes.tolist(), good["a/003"].texts) == ([[0, 0, 0.5, 1]], ("dog",))
+    assert good["a/003"].scores is not None
+    assert good["a/003"].scores.tolist() == [0.25]
+    assert bad == {
+        "no_image": "no image",
+        "broken": "broken image",
+        "cut": "broken image",
+        "empty": "broken image",
+        "json": "bad json",
+        "list": "bad json",
+        "surrogate": "bad json",
+        "utf8": "bad utf-8",
+        "nan": "bad box",
+        "outside": "bad box",
+        "three": "bad box",
+        "blank": "empty region text",
+        "score": "bad score",
+        "00000_stats": "no image",
+        url: "duplicate key",
+    }
+
+
+def test_reading_by_number_equals_streaming(tmp_path: Path) -> None:
+    url = write_tar(tmp_path / "00000.tar", messy_members())
+    source = Shards(url)
+    streamed = [outcome(item) for item in iter_shard(url)]
+    without_number = {("bad", "no image"), ("bad", "duplicate key")}
+    assert [outcome(read(source, i)) for i in range(source.size)] == [x for x in streamed if x not in without_number]
+    assert source.problems == Counter({"no image": 2, "duplicate key": 1})
+
+
+def test_keys_are_those_of_the_webdataset_library(tmp_path: Path) -> None:
+    names = ["a.b/000.jpg", "x.y.z.jpg", "x2.tiff.png", "./dot.jpg", "deep/er/1.JPEG"]
+    index = index_shard(write_tar(tmp_path / "0.tar", [(name, PNG) for name in names]))
+    assert index.keys == ("a.b/000", "./dot", "deep/er/1")  # x.y.z.jpg has the extension y.z.jpg, which is no image
+    assert index.problems == Counter({"no image": 2})
+
+
+def whole_tar(path: Path) -> bytes:
+    members = [member for i in range(4) for member in ((f"{i}.png", PNG), (f"{i}.txt", b"caption"))]
+    return Path(write_tar(path, members)).read_bytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_tar_cut_anywhere_keeps_its_whole_samples(tmp_path_factory, data: st.DataObject) -> None:
+    folder = tmp_path_factory.mktemp("cut")
+    whole = whole_tar(folder / "whole.tar")
+    ends = [int(end) for end in index_shard(str(folder / "whole.tar")).spans[:, 2].sum(axis=1)]  # of the captions
+    length = data.draw(st.integers(0, len(whole)) | st.sampled_from(range(0, len(whole), 512)))
+    (folder / "cut.tar").write_bytes(whole[:length])
+    items = list(iter_shard(str(folder / "cut.tar")))
+    index = index_shard(str(folder / "cut.tar"))
+    keys = [item.key for item in items if isinstance(item, Sample)]
+    assert list(index.keys) == keys == [str(i) for i in range(len(keys))]
+    assert all(item.captions == ("caption",) for item in items if isinstance(item, Sample))
+    # The sample at which it breaks off may be dropped, those whose successor is there may not.
+    assert len(keys) >= sum(end < length for end in ends) - 1
+    if length < max(ends):
+        assert isinstance(items[-1], BadSample)
+        assert items[-1].reason in ("truncated tar", "not a tar")
+        assert index.problems.total() == 1
+    if length == len(whole):
+        assert len(keys) == len(items) == 4
+
+
+def test_bytes_that_are_no_tar_are_reported_not_raised(tmp_path: Path) -> None:
+    (tmp_path / "0.tar").write_bytes(b"<html>404</html>" * 100)
+    (item,) = iter_shard(str(tmp_path / "0.tar"))
+    assert isinstance(item, BadSample)
+    assert (item.reason, item.where) == ("not a tar", str(tmp_path / "0.tar"))
+    with pytest.raises(ValueError, match=r"no sample with an image in 1 tars; \{'not a tar': 1\}"):
+        Shards(str(tmp_path))
+
+
+def test_img2dataset_output_is_read_as_it_is(tmp_path: Path) -> None:
+    record = {
+        "caption": "a dog",
+        "url": "http://x/y.jpg",
+        "key": "000000000",
+        "status": "success",
+        "error_message": None,
+    }
+    members = [("000000000.jpg", PNG), ("000000000.json", json.dumps(record).encode()), ("000000000.txt", b"a dog")]
+    write_tar(tmp_path / "00000.tar", members)
+    (tmp_path / "00000.parquet").write_bytes(b"not ours")
+    (tmp_path / "00000_stats.json").write_text("{}")
+    source = Shards(str(tmp_path))
+    assert (source.size, source[0].captions, source[0].texts) == (1, ("a dog",), ())
+    with pytest.raises(FileNotFoundError, match=r"00000\.vesl\.parquet: no such sidecar \(1 of 1"):
+        Shards(str(tmp_path), ShardsConfig(sidecar="vesl"))
+
+
+def outcomes(source: Shards) -> list[tuple]:
+    return [outcome(read(source, i)) for i in range(source.size)]
+
+
+def test_another_process_reads_the_same_samples(tmp_path: Path) -> None:
+    source = Shards(write_tar(tmp_path / "00000.tar", messy_members()))
+    found: list[Sample | BadSample] = []
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        for future in [pool.submit(source.__getitem__, i) for i in range(source.size)]:
+            try:
+                found.append(future.result())
+            except BadSample as bad:
+                found.append(bad)
+    assert [outcome(item) for item in found] == outcomes(source)
+
+
+def test_sidecar_regions_replace_those_of_the_tar(tmp_path: Path) -> None:
+    members = []
+    for key in ("a", "b", "c", "d"):
+        members += [
+            (f"{key}.png", PNG),
+            (f"{key}.json", b'{"caption": "own", "regions": [{"box": [0, 0, 1, 1], "text": "x"}]}'),
+        ]
+    url = write_tar(tmp_path / "00000.tar", members)
+    labels = {"boxes": np.array([[0, 0.5, 1, 1]], dtype=np.float32), "texts": ("dog",), "scores": np.array([0.5])}
+    rows = [
+        SidecarRow(key="a", caption="new", **labels),
+        SidecarRow(key="b", caption="own"),
+        SidecarRow(key="c", error="detector ran out of memory"),
+    ]
+    write_sidecar(sidecar_path(url, "vesl"), rows, {})
+    source = pickle.loads(pickle.dumps(Shards(url, ShardsConfig(sidecar="vesl"))))
+    assert (source[0].captions, source[0].alt_text) == (("new",), "own")
+    assert (source[0].boxes.tolist(), source[0].texts) == ([[0, 0.5, 1, 1]], ("dog",))
+    assert (source[1].captions, source[1].alt_text, source[1].texts) == (("own",), None, ())
+    with pytest.raises(BadSample, match=r"00000\.tar/c: not labelled \(detector ran out of memory\)"):
+        source[2]
+    with pytest.raises(BadSample, match=r"00000\.tar/d: not in the sidecar"):
+        source[3]
+
+
+def test_numbers_run_through_all_tars_and_name_them(tmp_path: Path) -> None:
+    for shard, keys in enumerate(("ab", "c", "de")):
+        write_tar(tmp_path / f"{shard}.tar", [(f"{key}.png", PNG) for key in keys])
+    source = Shards(str(tmp_path))
+    assert [source.identity(i) for i in range(source.size)] == ["0.tar/a", "0.tar/b", "1.tar/c", "2.tar/d", "2.tar/e"]
+    for index in (-1, 5):
+        with pytest.raises(IndexError, match=r"not in 0 \.\.\. 4"):
+            source[index]
+
+
+def test_a_tar_that_goes_away_makes_bad_samples(tmp_path: Path) -> None:
+    source = Shards(write_tar(tmp_path / "0.tar", [("a.png", PNG)]))
+    (tmp_path / "0.tar").write_bytes(PNG[:20])
+    assert outcome(read(source, 0)) == ("bad", "unreadable shard")
+    (tmp_path / "0.tar").unlink()
+    assert outcome(read(source, 0)) == ("bad", "unreadable shard")
+
+
+def test_remote_tars_read_like_local_ones(tmp_path: Path) -> None:
+    local = write_tar(tmp_path / "0.tar", messy_members())
+    url = "memory://test_shards/0.tar"
+    fsspec.filesystem("memory").pipe_file("/test_shards/0.tar", Path(local).read_bytes())
+    assert expand_urls("memory://test_shards") == expand_urls("memory://test_shards/*.tar") == [url]
+    assert outcomes(Shards("memory://test_shards/{0..0}.tar")) == outcomes(Shards(local))
+    assert [outcome(item) for item in iter_shard(url)] == [outcome(item) for item in iter_shard(local)]
+
+
+def test_patterns_expand_in_order(tmp_path: Path) -> None:
+    for name in ("00008.tar", "00009.tar", "00010.tar", "a-1.tar", "b-1.tar", "x[1].tar", "note.txt"):
+        (tmp_path / name).touch()
+
+    def names(pattern: str) -> list[str]:
+        return [Path(url).name for url in expand_urls(str(tmp_path / pattern))]
+
+    assert names("{00008..00010}.tar") == ["00008.tar", "00009.tar", "00010.tar"]
+    assert names("{b,a}-{1..1}.tar") == ["b-1.tar", "a-1.tar"]
+    assert names("0000?.tar") == ["00008.tar", "00009.tar"]
+    assert names("x[1].tar") == ["x[1].tar"]  # a file of that very name is no pattern
+    assert len(names("")) == 6
+    assert expand_urls([str(tmp_path / "a-1.tar"), str(tmp_path / "b-*.tar")])[1].endswith("b-1.tar")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "error", "message"),
+    [
+        ("{0..1}.tar", FileNotFoundError, r"1\.tar: no such shard \(from .*\{0\.\.1\}\.tar\)"),  # a gap
+        ("9*.tar", FileNotFoundError, r"9\*\.tar: no file matches"),
+        ("empty", FileNotFoundError, r"empty: no \*\.tar in this folder"),
+        ("{3..1}.tar", ValueError, r"\{3\.\.1\} runs backwards"),
+    ],
+)
+def test_patterns_that_match_nothing_say_so(tmp_path: Path, pattern: str, error: type, message: str) -> None:
+    (tmp_path / "0.tar").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(error, match=message):
+        expand_urls(str(tmp_path / pattern))
+
+
+def test_the_same_samples_write_the_same_bytes(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        with ShardWriter(str(tmp_path / folder)) as writer:
+            for i in range(3):
+                writer.write(Sample(key=f"{i}", image=picture(i), captions=("a", "b")))
+    assert (tmp_path / "one/00000.tar").read_bytes() == (tmp_path / "two/00000.tar").read_bytes()
+
+
+def test_image_files_are_stored_untouched_unless_readers_could_not_expect_them(tmp_path: Path) -> None:
+    jpeg, gif = file_bytes(picture(), "JPEG", quality=30), file_bytes(picture(), "GIF")
+    with ShardWriter(str(tmp_path)) as writer:
+        writer.write(Sample(key="jpeg", image=picture()), jpeg)
+        writer.write(Sample(key="gif", image=picture()), gif)
+    source = Shards(str(tmp_path))
+    assert source.image_bytes(0) == jpeg
+    assert source.image_bytes(1)[:3] == b"\xff\xd8\xff"
+
+
+def test_a_failed_writer_leaves_only_whole_tars(tmp_path: Path) -> None:
+    def write_and_fail() -> None:
+        with ShardWriter(str(tmp_path), samples_per_shard=2) as writer:
+            for key in "abc":
+                writer.write(Sample(key=key, image=picture()))
+            raise RuntimeError("disk on fire")
+
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        write_and_fail()
+    assert [path.name for path in tmp_path.iterdir()] == ["00000.tar"]
+    assert Shards(str(tmp_path)).size == 2
+    with pytest.raises(FileExistsError, match=r"holds tars already \(00000\.tar"), ShardWriter(str(tmp_path)):
+        pass
+
+
+def test_the_writer_makes_keys_that_a_tar_can_hold(tmp_path: Path) -> None:
+    with ShardWriter(str(tmp_path)) as writer:
+        assert writer.write(Sample(key="v1.2/photo.small", image=picture())) == "v1.2/photo_small"
+        with pytest.raises(ValueError, match=r"'v1\.2/photo_small' comes twice"):
+            writer.write(Sample(key="v1.2/photo_small", image=picture()))
+        for key in ("", "folder/", "__x__"):
+            with pytest.raises(ValueError, match="cannot be the key"):
+                writer.write(Sample(key=key, image=picture()))
+    assert index_shard(writer.paths[0]).keys == ("v1.2/photo_small",)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 320))
+def test_scaled_decoding_never_goes_below_the_size_needed(width: int, height: int, max_px: int) -> None:
+    data = file_bytes(Image.new("RGB", (width, height)), "JPEG")
+    got = decode_image(data, "x", max_px).size
+    assert max(got) >= min(max_px, max(width, height))
+    eighths = {(-(-width // scale), -(-height // scale)) for scale in (1, 2, 4, 8)}
+    assert got in eighths
+
+
+def test_scaled_decoding_makes_large_photos_small() -> None:
+    data = file_bytes(Image.new("RGB", (801, 400)), "JPEG")
+    assert decode_image(data, "x", 100).size == (101, 50)
+    assert decode_image(data, "x", 102).size == (201, 100)
+    assert decode_image(data, "x").size == (801, 400)
+
+
+RED = (254, 0, 0)  # what JPEG makes of pure red
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "expected"),
+    [
+        (Image.new("L", (4, 4), 100), "PNG", (100, 100, 100)),
+        (Image.new("1", (4, 4), 1), "PNG", (255, 255, 255)),
+        (Image.fromarray(np.full((4, 4), 0x8040, dtype=np.uint16)), "PNG", (0x80, 0x80, 0x80)),  # 16 bits: the upper 8
+        (Image.new("RGBA", (4, 4), (0, 0, 0, 0)), "PNG", (255, 255, 255)),  # transparent: white shows through
+        (Image.new("LA", (4, 4), (0, 255)), "PNG", (0, 0, 0)),
+        (Image.new("RGB", (4, 4), "red").convert("P"), "PNG", (255, 0, 0)),
+        (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "JPEG", RED),
+        (Image.new("RGB", (4, 4), "blue"), "BMP", (0, 0, 255)),
+    ],
+)
+def test_every_kind_of_image_becomes_rgb(image: Image.Image, kind: str, expected: tuple) -> None:
+    got = decode_image(file_bytes(image, kind), "x")
+    assert (got.mode, got.size, got.getpixel((2, 2))) == ("RGB", (4, 4), expected)
+
+
+def test_of_an_animation_the_first_frame_is_read() -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    for kind in ("GIF", "WEBP", "PNG"):
+        data = file_bytes(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
+        assert decode_image(data, "x").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_orientation_in_exif_does_not_turn_the_pixels() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    assert decode_image(file_bytes(picture(0, 12, 7), "JPEG", exif=exif), "x").size == (12, 7)
+
+
+def test_an_image_too_large_to_decode_is_a_bad_sample() -> None:
+    for side in (9_600, 20_000):  # Pillow only warns of the first
+        data = file_bytes(Image.new("1", (side, side)))
+        with pytest.raises(BadSample, match="huge: image too large"):
+            decode_image(data, "huge")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF"]), st.data())
+def test_damaged_image_bytes_raise_nothing_but_bad_sample(kind: str, data: st.DataObject) -> None:
+    damaged = bytearray(file_bytes(picture(0, 40, 30), kind))
+    for _ in range(data.draw(st.integers(1, 8))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        reason = None if decode_image(bytes(damaged), "x").mode == "RGB" else "not RGB"
+    except BadSample as bad:
+        reason = bad.reason
+    assert reason in (None, "broken image", "image too large")

@@ -1,0 +1,258 @@
+"""Encoders: boxes reach the place they name, whatever the shape of the image, and every kind of checkpoint loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModel, CLIPImageProcessor
+
+from opencloc.config import ModelConfig
+from opencloc.eval.encoders import ClocEncoder, CropEncoder, Encoder, RoiEncoder, crop, load_encoder
+from opencloc.model.cloc import ClocConfig, ClocModel, ImageFeatures
+from opencloc.model.processor import ClocProcessor, train_tokenizer
+from opencloc.train.build import tower_config
+
+SIDE = 32
+SIZES = [(60, 60), (90, 40), (31, 77)]  # width, height: square, wide, tall
+COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+
+
+def tiny_config(family: str = "clip", **options: Any) -> tuple[Any, Any]:
+    """(Towers' configuration, tokenizer)."""
+    model: Any = ModelConfig(
+        family=family,  # pyright: ignore[reportArgumentType]
+        image_size=SIDE,
+        patch_size=8,
+        vision_width=32,
+        vision_layers=1,
+        vision_heads=2,
+        text_width=32,
+        text_layers=1,
+        text_heads=2,
+        text_length=16,
+        embed_dim=24,
+    )
+    tokenizer = train_tokenizer(["a red dog", "a blue cat on a mat"] * 3, 300, 16)
+    return tower_config(model, tokenizer), tokenizer
+
+
+@pytest.fixture(scope="module")
+def cloc() -> tuple[ClocModel, ClocProcessor]:
+    torch.manual_seed(0)
+    clip, tokenizer = tiny_config()
+    return ClocModel(ClocConfig(clip_config=clip)).eval(), ClocProcessor.for_towers(clip, tokenizer)
+
+
+def save_checkpoint(folder: Path, family: str) -> Path:
+    """A random checkpoint of the family as plain transformers files."""
+    torch.manual_seed(0)
+    config, tokenizer = tiny_config(family)
+    AutoModel.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
+    return folder
+
+
+def picture(size: tuple[int, int], boxes_px: Sequence[tuple[int, int, int, int]]) -> tuple[Image.Image, np.ndarray]:
+    """A black image with one box in each colour, and the boxes normalised."""
+    image = Image.new("RGB", size)
+    for box, colour in zip(boxes_px, COLOURS, strict=False):
+        x0, y0, x1, y1 = box
+        ImageDraw.Draw(image).rectangle((x0, y0, x1 - 1, y1 - 1), fill=colour)
+    return image, (np.array(boxes_px) / np.array([*size, *size])).astype(np.float32).reshape(-1, 4)
+
+
+def boxes_in(size: tuple[int, int]) -> list[tuple[int, int, int, int]]:
+    """Three separate boxes: near the left edge, in the middle of the top, in the lower right corner."""
+    w, h = size
+    return [(1, h // 3, w // 3, h - 2), (w // 2, 0, w // 2 + w // 4, h // 3), (3 * w // 4, h // 2, w, h)]
+
+
+# -- boxes in the frame of the square ----------------------------------------------------------------------------------
+
+
+class ColourOracle:
+    """Stands for a `ClocModel`: sees the pixels of the square, and answers with colours and their places.
+
+    A region is the mean colour of its pixels; a text embedding is a colour and is grounded where that colour is.
+    """
+
+    device = torch.device("cpu")
+    has_text_prompts = True
+
+    def encode_image(self, pixels: Tensor) -> ImageFeatures:
+        colour = F.normalize(pixels.flatten(2).mean(2), dim=-1)
+        return ImageFeatures(embedding=colour, tokens=pixels, grid=(pixels.shape[2], pixels.shape[3]))
+
+    def dense_embedding(self, features: ImageFeatures) -> Tensor:
+        return features.tokens.flatten(2).transpose(1, 2)
+
+    def encode_regions(self, features: ImageFeatures, boxes: Sequence[Tensor]) -> list[Tensor]:
+        side = features.tokens.shape[-1]
+        regions = []
+        for pixels, rows in zip(features.tokens, boxes, strict=True):
+            inner = (rows * side + torch.tensor([1.0, 1.0, -1.0, -1.0])).round().int().tolist()  # away from the edges
+            regions.append(torch.stack([pixels[:, y0:y1, x0:x1].mean((1, 2)) for x0, y0, x1, y1 in inner]))
+        return [F.normalize(r, dim=-1) for r in regions]
+
+    def ground(self, features: ImageFeatures, texts: Tensor) -> Tensor:
+        side = features.tokens.shape[-1]
+        found = torch.zeros(*texts.shape[:2], 4)
+        for i, j in np.ndindex(*texts.shape[:2]):
+            y, x = torch.nonzero((features.tokens[i] * texts[i, j, :, None, None]).sum(0) > 0.5, as_tuple=True)
+            if len(x):
+                found[i, j] = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1]) / side
+        return found
+
+
+@pytest.fixture(scope="module")
+def oracle() -> tuple[Any, ClocProcessor]:
+    # Pixels stay in [0, 1].
+    _, tokenizer = tiny_config()
+    return ColourOracle(), ClocProcessor(tokenizer, image_size=240, image_mean=(0, 0, 0), image_std=(1, 1, 1))
+
+
+@pytest.mark.parametrize("way", [ClocEncoder, CropEncoder, RoiEncoder])
+def test_a_box_reaches_its_pixels_whatever_the_shape_of_the_image(way: type, oracle: tuple[Any, ClocProcessor]) -> None:
+    encoder: Encoder = way(*oracle, name="oracle")
+    images, boxes = zip(*(picture(size, boxes_in(size)) for size in SIZES), strict=True)
+    for regions in encoder.encode_regions(encoder.encode_images(images), boxes):
+        assert regions.argmax(1).tolist() == [0, 1, 2]
+        if way is not CropEncoder:  # the bars of a crop are part of what is seen
+            torch.testing.assert_close(regions, torch.eye(3), atol=0.02, rtol=0)
+
+
+def test_a_grounded_box_comes_back_in_the_frame_of_the_image(oracle: tuple[Any, ClocProcessor]) -> None:
+    encoder = ClocEncoder(*oracle, name="oracle")
+    images, boxes = zip(*(picture(size, boxes_in(size)) for size in SIZES), strict=True)
+    colours = torch.eye(3)
+    asked = [colours, colours[[2, 0]], colours[:0]]
+    found = encoder.ground(encoder.encode_images(images), asked)
+    assert found is not None
+    pixel = 1 / 40  # the short side of the narrowest image has about 31 / 77 * 240 pixels of the square
+    torch.testing.assert_close(found[0], torch.from_numpy(boxes[0]), atol=pixel, rtol=0)
+    torch.testing.assert_close(found[1], torch.from_numpy(boxes[1][[2, 0]]), atol=pixel, rtol=0)
+    assert found[2].shape == (0, 4)
+
+
+# -- crops -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("box", "size"),
+    [
+        ((0.0, 0.0, 1.0, 1.0), (100, 40)),
+        ((0.25, 0.5, 0.75, 1.0), (50, 20)),  # 100 x 40 pixels
+        ((0.104, 0.0, 0.296, 0.5), (20, 20)),  # 10.4 to 29.6 pixels: nearest whole pixels 10 to 30
+        ((0.501, 0.501, 0.502, 0.502), (1, 1)),  # less than a pixel
+        ((0.9999, 0.9999, 1.0, 1.0), (1, 1)),  # less than a pixel, at the corner
+        ((0.0, 0.0, 1.0001, 1.0001), (100, 40)),  # a hair outside, as a sample may be
+    ],
+)
+def test_a_crop_has_whole_pixels_and_at_least_one(box: tuple[float, ...], size: tuple[int, int]) -> None:
+    assert crop(Image.new("RGB", (100, 40)), np.array(box, dtype=np.float32)).size == size
+
+
+def test_a_region_by_crop_is_the_embedding_of_the_crop_as_an_image(cloc: tuple[ClocModel, ClocProcessor]) -> None:
+    encoder = CropEncoder(*cloc, name="crop")
+    image, boxes = picture((90, 40), [(3, 4, 80, 11), (50, 2, 60, 39)])  # far from square
+    with torch.inference_mode():
+        regions = encoder.encode_regions(encoder.encode_images([image]), [boxes])[0]
+        alone = encoder.encode_images([image.crop((3, 4, 80, 11)), image.crop((50, 2, 60, 39))]).embedding
+    torch.testing.assert_close(regions, alone)
+
+
+# -- real models -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", [ClocEncoder, CropEncoder, RoiEncoder])
+def test_every_way_gives_unit_embeddings_that_do_not_depend_on_the_batch(
+    way: type, cloc: tuple[ClocModel, ClocProcessor]
+) -> None:
+    encoder: Encoder = way(*cloc, name="x")
+    images, boxes = zip(*(picture(size, boxes_in(size)[: i + 1]) for i, size in enumerate(SIZES)), strict=True)
+    boxes = [*boxes[:2], np.zeros((0, 4), dtype=np.float32)]
+    with torch.inference_mode():
+        together = encoder.encode_regions(encoder.encode_images(images), boxes)
+        assert [tuple(r.shape) for r in together] == [(1, 24), (2, 24), (0, 24)]
+        for image, rows, regions in zip(images, boxes, together, strict=True):
+            alone = encoder.encode_regions(encoder.encode_images([image]), [rows])[0]
+            torch.testing.assert_close(alone, regions, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(regions.norm(dim=1), torch.ones(len(rows)))
+        texts = encoder.encode_texts(["a red dog", "cat"])
+        torch.testing.assert_close(texts.norm(dim=1), torch.ones(2))
+        found = encoder.ground(encoder.encode_images(images), [texts, texts[:1], texts[:0]])
+    assert (
+        found is None if way is not ClocEncoder else [tuple(f.shape) for f in found or []] == [(2, 4), (1, 4), (0, 4)]
+    )
+
+
+def test_a_prompter_without_text_prompts_cannot_ground() -> None:
+    clip, tokenizer = tiny_config()
+    model = ClocModel(ClocConfig(clip_config=clip, prompter="roi")).eval()
+    encoder = ClocEncoder(model, ClocProcessor.for_towers(clip, tokenizer), name="roi")
+    encoded = encoder.encode_images([Image.new("RGB", (8, 8))])
+    assert encoder.ground(encoded, [encoder.encode_texts(["a dog"])]) is None
+
+
+def test_a_cloc_checkpoint_loads_all_three_ways(cloc: tuple[ClocModel, ClocProcessor], tmp_path: Path) -> None:
+    model, processor = cloc
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    image, boxes = picture((90, 40), boxes_in((90, 40)))
+    for regions, kind in (("prompter", ClocEncoder), ("crop", CropEncoder), ("roi", RoiEncoder)):
+        loaded, original = load_encoder(tmp_path / "model", regions), kind(*cloc, name="x")  # pyright: ignore
+        assert (type(loaded), loaded.name) == (kind, f"model, {regions}")
+        with torch.inference_mode():
+            got, want = (e.encode_regions(e.encode_images([image]), [boxes])[0] for e in (loaded, original))
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "siglip2"])
+def test_a_plain_checkpoint_gives_what_transformers_gives(family: str, tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / family, family)
+    plain: Any = AutoModel.from_pretrained(folder).eval()
+    image, boxes = picture((40, 40), boxes_in((40, 40)))
+    for regions in ("crop", "roi"):
+        encoder = load_encoder(folder, regions, name="N")
+        assert encoder.name == "N"
+        with torch.inference_mode():
+            encoded = encoder.encode_images([image])
+            assert encoder.encode_regions(encoded, [boxes])[0].shape == (3, encoded.embedding.shape[1])
+            if family != "siglip2":  # its own image processor makes patches; the model's tests compare those
+                pixels, _ = ClocProcessor.from_clip(folder).letterbox([image])
+                want = plain.get_image_features(pixel_values=pixels).pooler_output
+                torch.testing.assert_close(encoded.embedding, F.normalize(want, dim=-1), atol=1e-5, rtol=1e-4)
+
+
+def test_weights_in_half_precision_are_evaluated_in_single(tmp_path: Path) -> None:
+    config, tokenizer = tiny_config()
+    AutoModel.from_config(config).half().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    encoder = load_encoder(tmp_path, "crop")
+    assert encoder.encode_images([Image.new("RGB", (8, 8))]).embedding.dtype == torch.float32
+
+
+def test_a_plain_checkpoint_has_no_prompter(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "plain", "siglip")
+    with pytest.raises(ValueError, match=r"plain holds a 'siglip' model, which has no Prompter.*'crop' or 'roi'"):
+        load_encoder(folder, "prompter")
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere is no checkpoint folder: there is no config.json"):
+        load_encoder(tmp_path / "nowhere", "crop")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match=r"towers must be one of clip, siglip, siglip2; got a 'bert' config"):
+        load_encoder(tmp_path, "crop")
+    with pytest.raises(ValueError, match=r"regions is 'box', must be one of prompter, crop, roi"):
+        load_encoder(tmp_path, "box")  # pyright: ignore[reportArgumentType]

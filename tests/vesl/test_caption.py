@@ -1,0 +1,442 @@
+"""Captioners: a real local HTTP server that misbehaves, and a tiny random model through transformers' loading code."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from opencloc.data.sample import BadSample, Sample
+from opencloc.vesl import caption_server
+from opencloc.vesl.caption import CaptionConfig, CaptionerError, ExistingCaptioner, load_captioner
+from opencloc.vesl.caption_server import ServerCaptioner
+from opencloc.vesl.caption_vlm import VlmCaptioner
+
+
+def sample(key: str, color: str = "red", size: tuple[int, int] = (40, 20), **fields: Any) -> Sample:
+    return Sample(key=key, image=Image.new("RGB", size, color), **fields)
+
+
+# --- captions already there ---
+
+
+@pytest.mark.parametrize(
+    ("text", "fields", "expected"),
+    [
+        ("caption", {"captions": (" a dog", "a hound")}, " a dog"),  # to the letter: it is still the sample's own
+        ("all-captions", {"captions": ("a dog", "a hound")}, "a dog\na hound"),
+        ("alt-text", {"captions": ("a dog",), "alt_text": "DSC_1"}, "DSC_1"),
+        ("caption", {"alt_text": "DSC_1"}, "no caption"),  # the alt-text is no stand-in
+        ("alt-text", {"captions": ("a dog",)}, "no alt-text"),
+        ("caption", {"captions": ("  ",)}, "no caption"),
+    ],
+)
+def test_existing_captions_are_taken_or_reported_missing(text: Any, fields: dict[str, Any], expected: str) -> None:
+    (found,) = ExistingCaptioner(text).caption([sample("k", **fields)])
+    assert (found.reason if isinstance(found, BadSample) else found) == expected
+    if isinstance(found, BadSample):
+        assert found.where == "k"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("max_new_tokens", 0), ("batch_size", 0), ("concurrency", 0), ("image_px", 0), ("retries", -1), ("timeout_s", 0)],
+)
+def test_a_limit_out_of_range_is_refused_by_name(field: str, value: int) -> None:
+    fields: dict[str, Any] = {field: value}
+    with pytest.raises(ValueError, match=f"{field} must be .* got {value}"):
+        CaptionConfig(**fields)
+
+
+# --- a server ---
+
+Answer = Callable[[BaseHTTPRequestHandler, dict[str, Any]], None]
+
+
+def reply(status: int, body: Any, **headers: str) -> Answer:
+    """An answer with this status, a JSON value or raw bytes, and headers (`Retry_After` for Retry-After)."""
+
+    def answer(handler: BaseHTTPRequestHandler, _: dict[str, Any]) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        handler.send_response(status)
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data)
+
+    return answer
+
+
+def says(text: str | None) -> Answer:
+    return reply(200, {"choices": [{"message": {"role": "assistant", "content": text}}]})
+
+
+def slow(seconds: float) -> Answer:
+    def answer(handler: BaseHTTPRequestHandler, question: dict[str, Any]) -> None:
+        time.sleep(seconds)
+        says("late")(handler, question)
+
+    return answer
+
+
+def drops(handler: BaseHTTPRequestHandler, _: dict[str, Any]) -> None:
+    """Breaks off in the middle of an answer."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices": [')
+    handler.close_connection = True
+
+
+def names_the_color(handler: BaseHTTPRequestHandler, question: dict[str, Any]) -> None:
+    """Answers with the image's channels, each on or off, and its size, so that answers show which image was sent."""
+    content = question["messages"][0]["content"]
+    header, _, data = content[0]["image_url"]["url"].partition(",")
+    assert header == "data:image/jpeg;base64"
+    image = Image.open(io.BytesIO(base64.b64decode(data)))
+    red, green, blue = (np.asarray(image).mean(axis=(0, 1)) > 128).astype(int)
+    says(f"{red}{green}{blue} {image.width}x{image.height}")(handler, question)
+
+
+class Server(ThreadingHTTPServer):
+    """Answers request number i as the i-th of `script` says, the last one for all that follow."""
+
+    def __init__(self, *script: Answer) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script = script
+        self.questions: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.lock = threading.Lock()
+        self.busy = self.most_busy = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        assert self.path == "/v1/models"
+        self.server.script[0](self, {})
+
+    def do_POST(self) -> None:
+        assert self.path == "/v1/chat/completions"
+        question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            number = len(self.server.questions)
+            self.server.questions.append(question)
+            self.server.headers.append(dict(self.headers))
+            self.server.busy += 1
+            self.server.most_busy = max(self.server.most_busy, self.server.busy)
+        try:
+            self.server.script[min(number, len(self.server.script) - 1)](self, question)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # the client has given up on a slow answer
+        finally:
+            with self.server.lock:
+                self.server.busy -= 1
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[ServerCaptioner, Server]]]:
+    """Starts a server with a script and a captioner (its settings by keyword) that talks to it."""
+    monkeypatch.setattr(caption_server, "_FIRST_WAIT_S", 0.001)
+    started: list[tuple[ServerCaptioner, Server, threading.Thread]] = []
+
+    def start(*script: Answer, **settings: Any) -> tuple[ServerCaptioner, Server]:
+        server = Server(*script)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        settings = {"server_model": "vlm", "concurrency": 1, "retries": 2, **settings}
+        try:
+            captioner = ServerCaptioner(CaptionConfig(captioner=server.url, **settings))
+        except BaseException:
+            server.shutdown()
+            server.server_close()
+            raise
+        started.append((captioner, server, thread))
+        return captioner, server
+
+    yield start
+    for captioner, server, thread in started:
+        captioner.close()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def only(captions: list[str | BadSample]) -> str | BadSample:
+    assert len(captions) == 1
+    return captions[0]
+
+
+def test_each_image_gets_the_answer_to_its_own_question(serve) -> None:
+    captioner, server = serve(names_the_color, concurrency=4, image_px=64)
+    colors = ["red", "lime", "blue", "white", "black"] * 4
+    captions = captioner.caption([sample(str(i), color, size=(100, 50)) for i, color in enumerate(colors)])
+    rgb = {"red": "100", "lime": "010", "blue": "001", "white": "111", "black": "000"}
+    assert captions == [f"{rgb[color]} 64x32" for color in colors]
+    assert 1 < server.most_busy <= 4
+    question = server.questions[0]
+    assert question["model"] == "vlm"
+    assert question["max_tokens"] == 128
+    assert question["temperature"] == 0
+    assert question["messages"][0]["content"][1] == {"type": "text", "text": CaptionConfig().prompt}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        reply(500, {"error": "out of memory"}),
+        reply(503, b"<html>bad gateway</html>"),
+        reply(429, {"error": "busy"}, Retry_After="0"),
+        reply(429, {"error": "busy"}, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT"),
+        reply(200, b"{not json"),
+        reply(200, {"unexpected": "shape"}),
+        reply(200, {"choices": []}),
+        drops,
+        slow(0.5),
+    ],
+    ids=["500", "503", "429 now", "429 date", "bad json", "other shape", "no choices", "drops", "slow"],
+)
+def test_a_fault_that_passes_costs_a_repetition_and_no_caption(serve, fault: Answer) -> None:
+    captioner, server = serve(fault, says("a dog"), timeout_s=0.2)
+    assert only(captioner.caption([sample("k")])) == "a dog"
+    assert len(server.questions) == 2
+
+
+def test_a_fault_that_stays_fails_that_image_only(serve) -> None:
+    captioner, server = serve(says("a"), *[reply(500, b"CUDA\nerror")] * 3, says("c"), retries=2)
+    first, second, third = captioner.caption([sample("x"), sample("y"), sample("z")])
+    assert (first, third) == ("a", "c")
+    assert isinstance(second, BadSample)
+    assert second.reason == "caption server failed"
+    assert second.where == "y"
+    assert "status 500" in second.detail
+    assert "CUDA error" in second.detail
+    assert len(server.questions) == 5
+
+
+def test_a_refused_image_is_not_asked_again(serve) -> None:
+    captioner, server = serve(reply(400, {"error": "image too small"}), says("b"))
+    first, second = captioner.caption([sample("x"), sample("y")])
+    assert isinstance(first, BadSample)
+    assert first.reason == "caption server refused the image"
+    assert "image too small" in first.detail
+    assert second == "b"
+    assert len(server.questions) == 2
+
+
+@pytest.mark.parametrize("text", ["", "  \n", None])
+def test_an_empty_answer_is_a_failure(serve, text: str | None) -> None:
+    found = only(serve(says(text))[0].caption([sample("k")]))
+    assert isinstance(found, BadSample)
+    assert found.reason == "empty caption"
+
+
+def test_waits_grow_and_obey_retry_after(serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(caption_server, "_FIRST_WAIT_S", 1.0)
+    monkeypatch.setattr(caption_server.time, "sleep", waits.append)
+    busy = reply(429, {}, Retry_After="7")
+    far = reply(429, {}, Retry_After="86400")
+    broken = reply(502, {})
+    captioner, _ = serve(broken, broken, broken, busy, far, says("a dog"), retries=5)
+    assert only(captioner.caption([sample("k")])) == "a dog"
+    expected = [(0.5, 1), (1, 2), (2, 4), (7, 7.1), (60, 60)]
+    assert [low <= wait <= high for wait, (low, high) in zip(waits, expected, strict=True)] == [True] * 5
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(401, r"status 401.*\$MY_KEY, which is not set"), (404, r"status 404.*no model vlm")]
+)
+def test_a_wrong_key_or_model_stops_the_run(serve, status: int, message: str) -> None:
+    captioner, server = serve(reply(status, {"error": "no model vlm"}), api_key_env="MY_KEY")
+    with pytest.raises(CaptionerError, match=message):
+        captioner.caption([sample(str(i)) for i in range(50)])
+    assert len(server.questions) < 50
+
+
+def test_the_key_comes_from_the_named_variable(serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "secret")
+    captioner, server = serve(says("a dog"), api_key_env="MY_KEY")
+    captioner.caption([sample("k")])
+    assert server.headers[0]["Authorization"] == "Bearer secret"
+
+
+def test_without_a_model_name_the_servers_only_one_is_used(serve) -> None:
+    captioner, server = serve(reply(200, {"data": [{"id": "org/vlm"}]}), server_model=None)
+    assert captioner.model_id == f"org/vlm at {server.url}"
+    with pytest.raises(CaptionerError, match=r"'a', 'b'.*choose one"):
+        serve(reply(200, {"data": [{"id": "a"}, {"id": "b"}]}), server_model=None)
+    with pytest.raises(CaptionerError, match="set server_model"):
+        serve(reply(200, {"data": 3}), server_model=None)
+
+
+def test_a_server_that_is_not_there_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caption_server, "_FIRST_WAIT_S", 0.001)
+    server = Server(says("a dog"))
+    url = server.url
+    server.server_close()
+    captioner = ServerCaptioner(CaptionConfig(captioner=url, server_model="vlm", retries=1))
+    with pytest.raises(CaptionerError, match=r"ConnectError.*\(2 attempts\)"):
+        captioner.caption([sample("k")])
+    captioner.close()
+
+
+def test_a_malformed_address_is_refused() -> None:
+    with pytest.raises(CaptionerError, match="http://:bad"):
+        load_captioner(CaptionConfig(captioner="http://:bad"))
+
+
+# --- a local model ---
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {% for c in m.content %}"
+    "{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %} assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaVA of two narrow towers with its processor, tokenizer and chat template, as saved by transformers."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel()  # type: ignore[assignment]
+    bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<pad>", "<s>", "</s>", "<image>"]
+    bpe.train_from_iterator(["a dog"], trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=special))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
+    narrow: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**narrow, num_hidden_layers=2, image_size=16, patch_size=8),
+        text_config=LlamaConfig(
+            **narrow, num_hidden_layers=2, num_key_value_heads=2, vocab_size=len(tokenizer), pad_token_id=0,
+            bos_token_id=1, eos_token_id=2,
+        ),
+        image_token_index=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config)
+    for weight in model.parameters():  # random weights of unit gain: the image must change what is written
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=1.5 * weight.shape[-1] ** -0.5)
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+        ),
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("vlm")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def vlm(checkpoint: Path, **settings: Any) -> VlmCaptioner:
+    settings = {"dtype": "fp32", "device": "cpu", "batch_size": 4, "max_new_tokens": 6, **settings}
+    captioner = load_captioner(CaptionConfig(captioner=str(checkpoint), **settings))
+    assert isinstance(captioner, VlmCaptioner)
+    return captioner
+
+
+def noise(key: str, seed: int) -> Sample:
+    pixels = np.random.default_rng(seed).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    return Sample(key=key, image=Image.fromarray(pixels))
+
+
+def test_captions_of_a_local_model_dont_depend_on_the_batch(checkpoint: Path) -> None:
+    samples = [noise(str(i), i) for i in range(6)]
+    together = vlm(checkpoint, batch_size=4).caption(samples)
+    alone = vlm(checkpoint, batch_size=1).caption(samples)
+    assert together == alone
+    assert len({caption for caption in together if isinstance(caption, str)}) > 1
+
+
+def test_captions_equal_transformers_own_way(checkpoint: Path) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
+    one = noise("k", 1)
+    inputs = processor(images=one.image, text="user: <image>name it assistant: ", return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    (expected,) = processor.batch_decode(tokens, skip_special_tokens=True)
+    assert vlm(checkpoint, prompt="name it").caption([one]) == [expected.strip()]
+
+
+def test_a_prompt_goes_as_it_is_to_a_processor_without_chat_template(checkpoint: Path) -> None:
+    one = noise("k", 1)
+    captioner = vlm(checkpoint, prompt="name it")
+    expected = captioner.caption([one])
+    captioner._processor.chat_template = None
+    captioner._prompt = "user: <image>name it assistant: "
+    assert captioner.caption([one]) == expected
+
+
+def test_one_image_that_breaks_the_model_fails_alone(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = [noise(str(i), i) for i in range(3)]
+    captioner = vlm(checkpoint)
+    expected = captioner.caption(samples)
+    real = captioner._inputs
+
+    def breaks(images: list[Image.Image]):
+        if any(image is samples[1].image for image in images):
+            raise RuntimeError("out of memory")
+        return real(images)
+
+    monkeypatch.setattr(captioner, "_inputs", breaks)
+    found = captioner.caption(samples)
+    assert [found[0], found[2]] == [expected[0], expected[2]]
+    assert isinstance(found[1], BadSample)
+    assert found[1].reason == "captioner failed"
+    assert found[1].where == "1"
+    assert "out of memory" in found[1].detail
+
+
+def test_bf16_loads_and_captions(checkpoint: Path) -> None:
+    captioner = vlm(checkpoint, dtype="bf16")
+    assert captioner._model.dtype == torch.bfloat16
+    assert isinstance(captioner.caption([noise("k", 0)])[0], str)
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CaptionerError, match="nowhere"):
+        vlm(tmp_path / "nowhere")
