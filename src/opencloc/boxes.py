@@ -53,7 +53,7 @@ def area(boxes: Array) -> Array:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
-def iou(a: Float[Tensor, "*A 4"], b: Float[Tensor, "*A 4"]) -> Float[Tensor, "*A"]:
+def iou(a: Float[Tensor, "*#A 4"], b: Float[Tensor, "*#A 4"]) -> Float[Tensor, "*#A"]:
     """Intersection over union of boxes, element by element (broadcasting); 0 where the union is empty."""
     return _overlap(a, b)[0]
 
@@ -63,7 +63,7 @@ def pairwise_iou(a: Float[Tensor, "P 4"], b: Float[Tensor, "Q 4"]) -> Float[Tens
     return iou(a[:, None], b[None])
 
 
-def giou(a: Float[Tensor, "*A 4"], b: Float[Tensor, "*A 4"]) -> Float[Tensor, "*A"]:
+def giou(a: Float[Tensor, "*#A 4"], b: Float[Tensor, "*#A 4"]) -> Float[Tensor, "*#A"]:
     """Generalised IoU in [-1, 1], element by element (Rezatofighi et al. 2019)."""
     overlap, union = _overlap(a, b)
     hull_wh = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])

@@ -66,7 +66,7 @@ class ModelConfig(Strict):
     box_head: Literal["anchored", "mlp"] = "anchored"
     """Box head; `mlp` is the published one."""
     attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention kernel of the towers: torch's fused one, or plain softmax (often faster for small heads on CPU)."""
+    """Attention kernel of the towers: torch's fused one, or plain softmax."""
 
     def __post_init__(self) -> None:
         _check(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tarfile
 from collections import Counter
 from pathlib import Path
 from statistics import mean
@@ -66,10 +67,9 @@ def test_figures_equal_plain_counting(tmp_path_factory: pytest.TempPathFactory, 
     assert dict(found.top_texts) == texts
     assert found.distinct_texts == len(texts)
     assert found.failures == {}
-    if counts_total := sum(counts):
-        assert found.region_text_tokens == pytest.approx(
-            sum(len(t.split()) * n for t, n in texts.items()) / counts_total
-        )
+    if texts:
+        words = sum(len(text.split()) * count for text, count in texts.items())
+        assert found.region_text_tokens == pytest.approx(words / texts.total())
     scores = [score for sample in samples if sample.scores is not None for score in sample.scores]
     sides = [
         math.sqrt(max(0.0, (float(x1) - float(x0)) * (float(y1) - float(y0))))
@@ -103,7 +103,10 @@ def test_a_sidecar_gives_the_same_figures_as_regions_inside_the_tars(tmp_path: P
 
 def test_failures_are_counted_by_reason(tmp_path: Path) -> None:
     write_tars(tmp_path, [0] * 6)
-    (tmp_path / "00001.tar").write_bytes((tmp_path / "00001.tar").read_bytes()[:-1024])  # loses its last sample
+    second = tmp_path / "00001.tar"
+    with tarfile.open(second) as tar:
+        end = tar.getmembers()[-1].offset
+    second.write_bytes(second.read_bytes()[:end])  # its last sample loses a member
     errors = ["broken image: 3 bytes", "broken image: 9 bytes: or so", "no caption"]
     rows = [SidecarRow(key=f"{i:04d}", error=error) for i, error in enumerate(errors)]
     label_tars(tmp_path, [*rows, SidecarRow(key="0003", caption="a dog", **regions(1, 2))])
@@ -150,13 +153,11 @@ def test_labels_of_a_folder_in_parts_are_found(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_counts_its_own_tokens(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     letters = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
-    from tokenizers.pre_tokenizers import Split
-
-    letters.pre_tokenizer = Split("", "isolated")  # type: ignore[assignment]
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # type: ignore[assignment]
     PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="[UNK]").save_pretrained(tmp_path / "tok")
     write_tars(tmp_path / "tars", [1])
     found = compute_stats(StatsConfig(data=str(tmp_path / "tars"), tokenizer=str(tmp_path / "tok")))

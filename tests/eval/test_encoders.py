@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -15,51 +16,34 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, CLIPImageProcessor
 
-from opencloc.config import ModelConfig
 from opencloc.eval.encoders import ClocEncoder, CropEncoder, Encoder, RoiEncoder, crop, load_encoder
 from opencloc.model.cloc import ClocConfig, ClocModel, ImageFeatures
-from opencloc.model.processor import ClocProcessor, train_tokenizer
-from opencloc.train.build import tower_config
+from opencloc.model.processor import ClocProcessor
 
-SIDE = 32
 SIZES = [(60, 60), (90, 40), (31, 77)]  # width, height: square, wide, tall
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
 
 
-def tiny_config(family: str = "clip", **options: Any) -> tuple[Any, Any]:
-    """(Towers' configuration, tokenizer)."""
-    model: Any = ModelConfig(
-        family=family,  # pyright: ignore[reportArgumentType]
-        image_size=SIDE,
-        patch_size=8,
-        vision_width=32,
-        vision_layers=1,
-        vision_heads=2,
-        text_width=32,
-        text_layers=1,
-        text_heads=2,
-        text_length=16,
-        embed_dim=24,
-    )
-    tokenizer = train_tokenizer(["a red dog", "a blue cat on a mat"] * 3, 300, 16)
-    return tower_config(model, tokenizer), tokenizer
-
-
 @pytest.fixture(scope="module")
-def cloc() -> tuple[ClocModel, ClocProcessor]:
+def cloc(tower_config: Callable[[str], Any], tokenizer: Any) -> tuple[ClocModel, ClocProcessor]:
     torch.manual_seed(0)
-    clip, tokenizer = tiny_config()
+    clip = tower_config("clip")
     return ClocModel(ClocConfig(clip_config=clip)).eval(), ClocProcessor.for_towers(clip, tokenizer)
 
 
-def save_checkpoint(folder: Path, family: str) -> Path:
-    """A random checkpoint of the family as plain transformers files."""
-    torch.manual_seed(0)
-    config, tokenizer = tiny_config(family)
-    AutoModel.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    CLIPImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
-    return folder
+@pytest.fixture
+def checkpoint(tower_config: Callable[[str], Any], tokenizer: Any, tmp_path: Path) -> Callable[..., Path]:
+    """Family -> folder with a random checkpoint of it as plain transformers files."""
+
+    def save(family: str, dtype: torch.dtype = torch.float32) -> Path:
+        torch.manual_seed(0)
+        folder = tmp_path / f"my {family}"
+        AutoModel.from_config(tower_config(family)).to(dtype).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        CLIPImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+        return folder
+
+    return save
 
 
 def picture(size: tuple[int, int], boxes_px: Sequence[tuple[int, int, int, int]]) -> tuple[Image.Image, np.ndarray]:
@@ -80,44 +64,51 @@ def boxes_in(size: tuple[int, int]) -> list[tuple[int, int, int, int]]:
 # -- boxes in the frame of the square ----------------------------------------------------------------------------------
 
 
-class ColourOracle:
+class ColourOracle(ClocModel):
     """Stands for a `ClocModel`: sees the pixels of the square, and answers with colours and their places.
 
     A region is the mean colour of its pixels; a text embedding is a colour and is grounded where that colour is.
     """
 
-    device = torch.device("cpu")
-    has_text_prompts = True
+    has_text_prompts = True  # pyright: ignore[reportAssignmentType]
+
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
 
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
         colour = F.normalize(pixels.flatten(2).mean(2), dim=-1)
-        return ImageFeatures(embedding=colour, tokens=pixels, grid=(pixels.shape[2], pixels.shape[3]))
+        grid = (pixels.shape[2], pixels.shape[3])
+        return ImageFeatures(embedding=colour, tokens=pixels.flatten(2).transpose(1, 2), grid=grid)
 
     def dense_embedding(self, features: ImageFeatures) -> Tensor:
-        return features.tokens.flatten(2).transpose(1, 2)
+        return features.tokens
 
-    def encode_regions(self, features: ImageFeatures, boxes: Sequence[Tensor]) -> list[Tensor]:
-        side = features.tokens.shape[-1]
+    def encode_regions(self, features: ImageFeatures, prompts: Any) -> Any:
+        side = features.grid[0]
         regions = []
-        for pixels, rows in zip(features.tokens, boxes, strict=True):
+        for pixels, rows in zip(features.tokens.unflatten(1, features.grid), prompts, strict=True):
             inner = (rows * side + torch.tensor([1.0, 1.0, -1.0, -1.0])).round().int().tolist()  # away from the edges
-            regions.append(torch.stack([pixels[:, y0:y1, x0:x1].mean((1, 2)) for x0, y0, x1, y1 in inner]))
+            regions.append(torch.stack([pixels[y0:y1, x0:x1].mean((0, 1)) for x0, y0, x1, y1 in inner]))
         return [F.normalize(r, dim=-1) for r in regions]
 
     def ground(self, features: ImageFeatures, texts: Tensor) -> Tensor:
-        side = features.tokens.shape[-1]
+        side = features.grid[0]
         found = torch.zeros(*texts.shape[:2], 4)
         for i, j in np.ndindex(*texts.shape[:2]):
-            y, x = torch.nonzero((features.tokens[i] * texts[i, j, :, None, None]).sum(0) > 0.5, as_tuple=True)
+            alike = (features.tokens[i] @ texts[i, j]).unflatten(0, features.grid) > 0.5
+            y, x = torch.nonzero(alike, as_tuple=True)
             if len(x):
                 found[i, j] = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1]) / side
         return found
 
 
 @pytest.fixture(scope="module")
-def oracle() -> tuple[Any, ClocProcessor]:
+def oracle(tokenizer: Any) -> tuple[Any, ClocProcessor]:
     # Pixels stay in [0, 1].
-    _, tokenizer = tiny_config()
     return ColourOracle(), ClocProcessor(tokenizer, image_size=240, image_mean=(0, 0, 0), image_std=(1, 1, 1))
 
 
@@ -196,8 +187,8 @@ def test_every_way_gives_unit_embeddings_that_do_not_depend_on_the_batch(
     )
 
 
-def test_a_prompter_without_text_prompts_cannot_ground() -> None:
-    clip, tokenizer = tiny_config()
+def test_a_prompter_without_text_prompts_cannot_ground(tower_config: Callable[[str], Any], tokenizer: Any) -> None:
+    clip = tower_config("clip")
     model = ClocModel(ClocConfig(clip_config=clip, prompter="roi")).eval()
     encoder = ClocEncoder(model, ClocProcessor.for_towers(clip, tokenizer), name="roi")
     encoded = encoder.encode_images([Image.new("RGB", (8, 8))])
@@ -218,8 +209,8 @@ def test_a_cloc_checkpoint_loads_all_three_ways(cloc: tuple[ClocModel, ClocProce
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip", "siglip2"])
-def test_a_plain_checkpoint_gives_what_transformers_gives(family: str, tmp_path: Path) -> None:
-    folder = save_checkpoint(tmp_path / family, family)
+def test_a_plain_checkpoint_gives_what_transformers_gives(family: str, checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint(family)
     plain: Any = AutoModel.from_pretrained(folder).eval()
     image, boxes = picture((40, 40), boxes_in((40, 40)))
     for regions in ("crop", "roi"):
@@ -234,25 +225,22 @@ def test_a_plain_checkpoint_gives_what_transformers_gives(family: str, tmp_path:
                 torch.testing.assert_close(encoded.embedding, F.normalize(want, dim=-1), atol=1e-5, rtol=1e-4)
 
 
-def test_weights_in_half_precision_are_evaluated_in_single(tmp_path: Path) -> None:
-    config, tokenizer = tiny_config()
-    AutoModel.from_config(config).half().save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    encoder = load_encoder(tmp_path, "crop")
+def test_weights_in_half_precision_are_evaluated_in_single(checkpoint: Callable[..., Path]) -> None:
+    encoder = load_encoder(checkpoint("clip", torch.float16), "crop")
     assert encoder.encode_images([Image.new("RGB", (8, 8))]).embedding.dtype == torch.float32
 
 
-def test_a_plain_checkpoint_has_no_prompter(tmp_path: Path) -> None:
-    folder = save_checkpoint(tmp_path / "plain", "siglip")
-    with pytest.raises(ValueError, match=r"plain holds a 'siglip' model, which has no Prompter.*'crop' or 'roi'"):
-        load_encoder(folder, "prompter")
+def test_a_plain_checkpoint_has_no_prompter(checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match=r"my siglip holds a 'siglip' model, which has no Prompter.*'crop' or 'roi'"):
+        load_encoder(checkpoint("siglip"), "prompter")
 
 
-def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+def test_what_is_no_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"nowhere is no checkpoint folder: there is no config.json"):
         load_encoder(tmp_path / "nowhere", "crop")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match=r"towers must be one of clip, siglip, siglip2; got a 'bert' config"):
         load_encoder(tmp_path, "crop")
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # types are checked in tests only
     with pytest.raises(ValueError, match=r"regions is 'box', must be one of prompter, crop, roi"):
         load_encoder(tmp_path, "box")  # pyright: ignore[reportArgumentType]

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -192,7 +193,8 @@ def test_samples_without_regions_and_captions_have_no_scores() -> None:
         ({"class_names": []}, "no class names"),
     ],
 )
-def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_are_refused(options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # types are checked in tests only
     with pytest.raises(ValueError, match=message):
         run(Oracle(SAMPLES), **options)
 
@@ -213,3 +215,6 @@ def test_predictions_say_what_is_right_and_where_things_were_found() -> None:
     assert fourth.correct == (False,)  # no class is called "bird"
     assert predict(Oracle(SAMPLES, can_ground=False), SAMPLES[:1], names)[0].grounded == ()
     assert predict(Oracle(SAMPLES), [], names) == []
+    assert predict(Oracle(SAMPLES), SAMPLES[1:2], ["Cat", "cat ", "red house"])[0].correct == (True, True)
+    with pytest.raises(ValueError, match="no class names"):
+        predict(Oracle(SAMPLES), SAMPLES, [])

@@ -122,12 +122,9 @@ def test_phrases_of_other_captions(caption: str, expected: tuple[str, ...]) -> N
     assert extract_phrases(caption) == expected
 
 
-def test_all_coco_captions_give_short_phrases() -> None:
+def test_all_coco_captions_give_short_phrases(photos: Path) -> None:
     """The statistics of the real captions: 3.2 phrases a caption of 1.3 words each."""
-    folder = Path(os.environ.get("OPENCLOC_DATA", Path(__file__).parents[3] / "shared" / "data")) / "coco740"
-    if not folder.exists():
-        pytest.skip(f"no {folder}: set OPENCLOC_DATA to the folder that holds coco740")
-    annotations = json.loads((folder / "annotations" / "captions_test.json").read_text())["annotations"]
+    annotations = json.loads((photos / "coco740" / "annotations" / "captions_test.json").read_text())["annotations"]
     found = [extract_phrases(a["caption"]) for a in annotations]
     total = sum(map(len, found))
     assert 3.0 < total / len(found) < 3.5

@@ -159,9 +159,9 @@ def _find_files(location: str, config: CocoConfig) -> tuple[str, str | None, str
 
 
 def _splits(folder: str) -> list[str]:
-    """The splits whose instances lie in a folder."""
+    """The splits whose instances lie in a folder (not the figures of sidecars, `instances_SPLIT.NAME_stats.json`)."""
     names = [os.path.basename(path) for path in files.children(folder)] if files.is_folder(folder) else []
-    return [match[1] for name in names if (match := re.fullmatch(r"instances_(.+)\.json", name))]
+    return [match[1] for name in names if (match := re.fullmatch(r"instances_([^.]+)\.json", name))]
 
 
 def _read_json(path: str, lists: tuple[str, ...]) -> dict[str, Any]:

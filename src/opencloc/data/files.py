@@ -7,12 +7,12 @@ goes through fsspec, which keeps its own connections per process.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import BinaryIO
 
-import fsspec
 from fsspec.core import url_to_fs
 
 
@@ -85,7 +85,7 @@ def children(folder: str) -> list[str]:
     if (path := local_path(folder)) is not None:
         return sorted(os.path.join(path, name) for name in os.listdir(path or "."))
     fs, path = url_to_fs(folder)
-    return sorted(fs.unstrip_protocol(found) for found in fs.ls(path, detail=False))
+    return sorted(f"{folder.rstrip('/')}/{found.rstrip('/').rsplit('/', 1)[-1]}" for found in fs.ls(path, detail=False))
 
 
 def find(folder: str) -> list[str]:
@@ -96,21 +96,21 @@ def find(folder: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def open_seekable(url: str) -> Iterator[BinaryIO]:
+def open_seekable(url: str) -> Iterator[io.BufferedIOBase]:
     """A readable stream that can seek; a remote file whose server can't is first copied to a temporary file."""
     if (path := local_path(url)) is not None:
         with open(path, "rb") as stream:
             yield stream
         return
-    with contextlib.ExitStack() as stack:
-        stream: BinaryIO = stack.enter_context(fsspec.open(url, "rb"))  # type: ignore[arg-type]
+    fs, path = url_to_fs(url)
+    with fs.open(path, "rb") as remote:
         try:
-            stream.seek(1)
-            stream.seek(0)
+            remote.seek(1)
+            remote.seek(0)
         except (ValueError, OSError):
-            copy = stack.enter_context(tempfile.TemporaryFile())
-            while block := stream.read(1 << 20):
-                copy.write(block)
-            copy.seek(0)
-            stream = copy  # type: ignore[assignment]
-        yield stream
+            with tempfile.TemporaryFile() as copy:
+                shutil.copyfileobj(remote, copy)
+                copy.seek(0)
+                yield copy
+        else:
+            yield io.BufferedReader(remote)

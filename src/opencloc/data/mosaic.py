@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -25,6 +26,7 @@ _DISTINCT_TRIES = 8  # draws per tile to find a text that the mosaic hasn't yet
 _USABLE_TRIES = 100  # draws per tile to find a photo that can be used
 
 
+@runtime_checkable
 class NamedSource(Source, Protocol):
     """A source of known size that can name a sample without reading it."""
 
@@ -62,11 +64,11 @@ class MosaicConfig:
     @property
     def tiles_per_side(self) -> tuple[int, int]:
         """(fewest, most) tiles per side."""
-        first, _, last = self.grid.partition("-")
-        numbers = first, last or first
-        if not all(number.isdecimal() for number in numbers) or not 1 <= int(first) <= int(last or first) <= 8:
+        match = re.fullmatch(r"([1-8])(?:-([1-8]))?", self.grid)
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= low <= high:
             raise ValueError(f"grid is {self.grid!r}; allowed: a number from 1 to 8 or a range such as '2-3'")
-        return int(numbers[0]), int(numbers[1])
+        return low, high
 
 
 def is_test(identity: str, test_share: float) -> bool:
@@ -157,12 +159,14 @@ class Mosaic:
             try:
                 usable = self._photo(int(self._pool[rng.integers(len(self._pool))]))
             except BadSample:
+                if len(self._unusable) == len(self._pool):
+                    break
                 continue
             distinct_tries += 1
             if usable[1] not in texts or distinct_tries == _DISTINCT_TRIES:
                 break
         if usable is None:
-            raise BadSample("no usable photo", repr(self.photos), f"{_USABLE_TRIES} draws: {dict(self.problems)}")
+            raise BadSample("no usable photo", repr(self.photos), f"{dict(self.problems)}")
         return usable
 
     def _photo(self, number: int) -> tuple[np.ndarray, str]:

@@ -20,15 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from PIL import (
-    AvifImagePlugin,
-    BmpImagePlugin,
-    GifImagePlugin,
-    Image,
-    JpegImagePlugin,
-    PngImagePlugin,
-    WebPImagePlugin,
-)
+from PIL import AvifImagePlugin, Image, WebPImagePlugin  # noqa: F401 (Pillow loads the other plugins by itself)
 
 from opencloc.data.sample import BadSample, Sample
 
@@ -36,17 +28,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_PIXELS = 89_478_485  # Pillow's own bound: an RGB image of 256 MiB
 # What bytes named .jpg may really be (img2dataset without re-encoding keeps them).  Pillow's other readers are left
 # out: some run outside programs (EPS) and none is needed for photos.
-_PILLOW_FORMATS = tuple(
-    plugin.format
-    for plugin in (
-        JpegImagePlugin.JpegImageFile,
-        PngImagePlugin.PngImageFile,
-        WebPImagePlugin.WebPImageFile,
-        GifImagePlugin.GifImageFile,
-        BmpImagePlugin.BmpImageFile,
-        AvifImagePlugin.AvifImageFile,
-    )
-)
+_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
 
 ImageFormat = Literal["jpg", "png", "webp"]
 

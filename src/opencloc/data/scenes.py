@@ -1,7 +1,7 @@
 """The generated world: scenes of named things with exact boxes, captions, label noise and held-out parts.
 
-This file owns what is in a scene, where, and what is said about it; `sprites` owns how a thing looks, `things` what it
-is called.  `Scenes(config)[i]` is a pure function of the config and i.
+This file owns what is in a scene, where, and how it is labelled; `sprites` owns how a thing looks, `things` what it is
+called, `wording` the sentences.  `Scenes(config)[i]` is a pure function of the config and i.
 
 Every kind of choice has its own random stream, so options can be compared on the same scenes: neither the drawing
 style, nor the resolution, nor the kind of captions, nor label noise changes which things lie where.
@@ -31,7 +31,7 @@ _Rectangle = tuple[float, float, float, float]  # XYXY as shares of the image si
 _HELD_OUT_SHARE = 8  # one thing in 8 is held out
 _EASY_SEEN, _EASY_HELD_OUT = sprites.SHAPES[:8], sprites.SHAPES[8:]
 _LONG_SIDE = (0.22, 0.47)  # of the image side: 14 to 30 pixels of 64
-_SMALL, _LARGE = (0.22, 0.29), (0.37, 0.47)  # where size has a word, nothing lies in between
+_SMALL, _LARGE = (0.22, 0.28), (0.35, 0.44)  # where size has a word, nothing lies in between
 _SIZE_STEP = 1 / 64  # sizes come in steps, so that at any resolution few sprites are drawn many times
 _MAX_OVERLAP = 0.08  # of the smaller of two boxes
 _POSITIONS = (
@@ -72,14 +72,14 @@ class SceneConfig:
     mode: Literal["easy", "rich"] = "rich"  # easy: shapes in 9 colours ("red circle"); rich: emoji ("dog")
     seed: int = 0
     image_px: int = 64  # side of the square image; changes nothing else about a scene
-    num_things: int = 120  # rich: how many things there are; each set contains the smaller ones
+    num_things: int = 120  # rich: how many things there are, of 500; each set contains the smaller ones
     min_objects: int = 3
     max_objects: int = 5
     attributes: tuple[Attribute, ...] = ()  # words added to region texts; easy mode always has the colour
     split: Literal["train", "unseen_combinations", "unseen_things"] = "train"  # the same whatever the seed
     style: sprites.Style = "plain"
     captions: Literal["exact", "alt_text"] = "exact"  # alt_text: as on web pages, in the caption's place
-    box_jitter: float = 0.0  # each edge moves by normal noise of this share of the box's width or height
+    box_jitter: float = 0.0  # each edge moves by normal noise, its deviation this share of the box's width or height
     wrong_text: float = 0.0  # probability that a region has the text of something else
     missing_region: float = 0.0  # probability that an object has no region
 
@@ -91,7 +91,7 @@ class SceneConfig:
         _one_of("captions", self.captions, ("exact", "alt_text"))
         for attribute in self.attributes:
             _one_of("attributes", attribute, ("colour", "size", "position"))
-        _within("image_px", self.image_px, 16, 4096)
+        _within("image_px", self.image_px, 32, 4096)
         _within("num_things", self.num_things, 12, len(_RICH_SEEN))
         _within("min_objects", self.min_objects, 1, 8)
         _within("max_objects", self.max_objects, self.min_objects, 8)
@@ -142,7 +142,7 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
 
 
-def _within(name: str, value: float, low: float, high: float) -> None:
+def _within(name: str, value: int | float, low: int | float, high: int | float) -> None:
     if not low <= value <= high:
         raise ValueError(f"{name} is {value}; allowed: {low} to {high}")
 
@@ -169,7 +169,11 @@ class _Object:
 
 
 class Scenes:
-    """An endless `Source` of generated scenes."""
+    """An endless `Source` of generated scenes.
+
+    A box is the exact extent of what is drawn (the outermost pixels that are not fully transparent), also where another
+    thing covers a corner of it: at most a few per cent.
+    """
 
     size: int | None = None
 
@@ -274,7 +278,7 @@ def _layout(config: SceneConfig, combinations: tuple[tuple[str, str | None], ...
             word, (low, high) = ("small", _SMALL) if rng.random() < 0.5 else ("large", _LARGE)
         sizes.append((low, int(rng.random() * ((high - low) / _SIZE_STEP + 1)), word))
     sizes.sort(key=lambda size: size[0] + size[1] * _SIZE_STEP, reverse=True)
-    shrink = min(1.0, (5 / count) ** 0.5)
+    shrink = min(1.0, (5 / config.max_objects) ** 0.5)
     ranges = [(shrink * low, shrink * (low + steps * _SIZE_STEP)) for low, steps, _ in sizes]
     places = _arrange([sprites.aspect(thing) for thing, _ in chosen], ranges, shrink * _SIZE_STEP, rng)
     objects = []

@@ -4,8 +4,7 @@ Owns the tar format: `KEY.jpg|jpeg|png|webp` + `KEY.json` and/or `KEY.txt`, as i
 the members is `record.py`'s, labels beside the tar are `sidecar.py`'s.
 
 As in the `webdataset` library a key is the member's folder and name up to the first dot, consecutive members of one key
-make a sample, and members that begin with a dot or are called `__...__` are ignored.  Only plain (uncompressed) tars
-are read.
+make a sample, and members that begin with a dot or have none are ignored.  Only plain (uncompressed) tars are read.
 
 A tar without its end marker is truncated: its last sample may lack members, so it is dropped and reported.
 """
@@ -20,7 +19,6 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, Self
 
 import numpy as np
 
@@ -105,7 +103,7 @@ class _Member:
     size: int
 
 
-def _members(stream: BinaryIO, url: str) -> Iterator[_Member]:
+def _members(stream: io.BufferedIOBase, url: str) -> Iterator[_Member]:
     """The members of a tar that belong to samples, from its headers alone.
 
     A member comes out before it is known whether the tar goes on to its end; the next one, or the end of the iteration,
@@ -118,9 +116,7 @@ def _members(stream: BinaryIO, url: str) -> Iterator[_Member]:
     try:
         for info in tar:
             match = _KEY.match(info.name)
-            base = info.name.rsplit("/", 1)[-1]
-            meta = base.startswith("__") and base.endswith("__")
-            if match and info.isreg() and not info.issparse() and not meta:
+            if match and info.isreg() and not info.issparse():
                 yield _Member(key=match[1], extension=match[2].lower(), offset=info.offset_data, size=info.size)
     except tarfile.TarError as error:
         raise BadSample("truncated tar", url, str(error)) from error
@@ -142,7 +138,7 @@ class _Group:
         return next((extension for extension in self.members if extension in IMAGE_EXTENSIONS), None)
 
 
-def _groups(stream: BinaryIO, url: str, *, load: bool) -> Iterator[_Group | BadSample]:
+def _groups(stream: io.BufferedIOBase, url: str, *, load: bool) -> Iterator[_Group | BadSample]:
     """The samples of a tar in order, reading strictly forward; a `BadSample` for what is no sample."""
     seen: set[str] = set()
     try:
@@ -348,7 +344,7 @@ class ShardWriter:
         self._keys: set[str] = set()  # in the tar being written
         self._tar: tarfile.TarFile | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> ShardWriter:
         os.makedirs(self.folder, exist_ok=True)
         if old := sorted(name for name in os.listdir(self.folder) if name.endswith(".tar")):
             raise FileExistsError(f"{self.folder} holds tars already ({old[0]}, ...): choose an empty folder")
@@ -372,7 +368,7 @@ class ShardWriter:
         folder, name = os.path.split(sample.key)
         name = name.replace(".", "_")
         key = f"{folder}/{name}" if folder else name
-        if not _KEY.match(f"{key}.jpg") or "\0" in key or (name.startswith("__") and name.endswith("__")):
+        if not _KEY.match(f"{key}.jpg") or "\0" in key:
             raise ValueError(f"{sample.key!r} cannot be the key of a tar member")
         if key in self._keys:
             raise ValueError(f"key {key!r} comes twice in {self._path}")

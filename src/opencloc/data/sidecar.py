@@ -169,8 +169,9 @@ def read_sidecar(path: str) -> dict[str, SidecarRow]:
     except (pa.ArrowException, ValueError) as error:
         raise ValueError(f"{path}: columns don't have a sidecar's types ({error})") from error
     columns = {name: table[name].combine_chunks() for name in SCHEMA.names}
-    for name in ("boxes", "texts", "scores"):
-        if columns[name].values.null_count:
+    inner = {name: columns[name].values for name in ("boxes", "texts", "scores")}
+    for name, values in [*inner.items(), ("boxes", inner["boxes"].values)]:
+        if values.null_count:
             raise ValueError(f"{path}: column {name} holds lists with null entries")
     rows: dict[str, SidecarRow] = {}
     for row in _rows(columns):

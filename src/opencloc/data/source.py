@@ -24,7 +24,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from opencloc.data import files
 from opencloc.data.coco import Coco, CocoConfig
 from opencloc.data.folder import FolderConfig, ImageFolder
-from opencloc.data.mosaic import Mosaic, MosaicConfig
+from opencloc.data.mosaic import Mosaic, MosaicConfig, NamedSource
 from opencloc.data.sample import BadSample, Sample, Source
 from opencloc.data.scenes import SceneConfig, Scenes
 from opencloc.data.shards import Shards, ShardsConfig
@@ -56,7 +56,7 @@ def open_source(spec: str, *, image_px: int | None = None) -> Source:
     if kind == "scenes":
         if "mode" in values:
             raise ValueError(f"{spec}: the mode is the location, as in scenes:easy, not an option")
-        values |= {"mode": location} if location else {}
+        values |= {"mode": _value(spec, config_type, "mode", location)} if location else {}
     elif not location:
         raise ValueError(f"{spec}: a path must follow {kind}:")
     try:
@@ -127,9 +127,9 @@ def _kind_of(spec: str, location: str) -> str:
     raise FileNotFoundError(f"{spec}: {location} doesn't exist")
 
 
-def _photos(spec: str, location: str, config: MosaicConfig) -> Any:
+def _photos(spec: str, location: str, config: MosaicConfig) -> NamedSource:
     photos = open_source(location, image_px=2 * config.image_px)
-    if not hasattr(photos, "identity"):
+    if not isinstance(photos, NamedSource):
         raise ValueError(f"{spec}: mosaics are made of photos (shards, folder, coco), not of {photos!r}")
     return photos
 

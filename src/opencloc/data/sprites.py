@@ -116,19 +116,19 @@ def _shape(name: str, size_px: int) -> Image.Image:
 
     match name:
         case "circle":
-            disc(0, 0, 0.98)
+            disc(0.0, 0.0, 0.98)
         case "ring":
-            disc(0, 0, 0.98)
-            disc(0, 0, 0.5, fill=0)
+            disc(0.0, 0.0, 0.98)
+            disc(0.0, 0.0, 0.5, fill=0)
         case "crescent":
-            disc(0, 0, 0.98)
+            disc(0.0, 0.0, 0.98)
             disc(0.55, -0.25, 0.8, fill=0)
         case "square":
             polygon([(-0.98, -0.98), (0.98, -0.98), (0.98, 0.98), (-0.98, 0.98)])
         case "triangle":
-            polygon([(0, -0.9), (0.98, 0.8), (-0.98, 0.8)])
+            polygon([(0.0, -0.9), (0.98, 0.8), (-0.98, 0.8)])
         case "diamond":
-            polygon([(0, -0.98), (0.7, 0), (0, 0.98), (-0.7, 0)])
+            polygon([(0.0, -0.98), (0.7, 0.0), (0.0, 0.98), (-0.7, 0.0)])
         case "cross":
             polygon([(-0.34, -0.98), (0.34, -0.98), (0.34, 0.98), (-0.34, 0.98)])
             polygon([(-0.98, -0.34), (0.98, -0.34), (0.98, 0.34), (-0.98, 0.34)])
@@ -141,7 +141,7 @@ def _shape(name: str, size_px: int) -> Image.Image:
             ys = [13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) for t in turns]
             polygon([(x / 17, -(y + 2.5) / 17) for x, y in zip(xs, ys, strict=True)])
         case "arrow":
-            polygon([(-0.98, -0.3), (0.1, -0.3), (0.1, -0.8), (0.98, 0), (0.1, 0.8), (0.1, 0.3), (-0.98, 0.3)])
+            polygon([(-0.98, -0.3), (0.1, -0.3), (0.1, -0.8), (0.98, 0.0), (0.1, 0.8), (0.1, 0.3), (-0.98, 0.3)])
     inner = mask.filter(ImageFilter.MinFilter(2 * (big // 32) + 1))
     grey = inner.point([30 + (145 - 30) * v // 255 for v in range(256)])
     shape = Image.merge("RGBA", (grey, grey, grey, mask)).resize((size_px, size_px), Image.Resampling.BOX)
@@ -166,11 +166,11 @@ def _common_brightness(thing: str) -> float:
 def _tint(picture: Image.Image, colour: tuple[int, int, int], common: float) -> Image.Image:
     """The picture in shades of one colour: black lines stay dark, the common brightness becomes the colour itself."""
     rgba = np.asarray(picture, dtype=np.float32)
-    pivot = min(max(common, 0.15), 0.9)
+    pivot = max(common, 0.15)
     full = np.array(colour, dtype=np.float32)
-    dark, pale = full * (0.15 if common else 0.55), full * 0.4 + 255 * 0.6
+    dark, pale = full * (0.15 if common else 0.55), full * 0.6 + 255 * 0.4
     light = _brightness(rgba)[..., None]
-    below, above = (light / pivot).clip(0, 1), ((light - pivot) / (1 - pivot)).clip(0, 1)
+    below, above = (light / pivot).clip(0, 1), ((light - pivot) / max(1 - pivot, 0.05)).clip(0, 1)
     rgb = dark + (full - dark) * below + (pale - full) * above
     return _picture(rgb, rgba[..., 3:])
 

@@ -1,8 +1,8 @@
 """What a labelled data set consists of, in figures (`opencloc data stats`): the paper's Table 1, histograms, texts.
 
 Owns the counting; how the figures are shown is `stats_report.py`'s.  Where labels lie beside the images only they are
-read, no image is decoded.  Memory does not grow with the data set: distinct texts beyond a limit are pruned, and the
-report then says so.
+read, no image is decoded.  The counts stay small whatever the size of the data set: distinct texts beyond a limit are
+pruned, and the report then says so.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -48,6 +48,7 @@ class EncodedImages:
     state: Any  # the encoder's own: tokens, feature maps, or the images themselves
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """What the evaluation needs of an encoder.  Boxes are XYXY, normalised to the image; embeddings L2-normalised.
 

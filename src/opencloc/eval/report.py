@@ -28,6 +28,7 @@ from opencloc.eval.metrics import SIZE_LIMITS, Accuracy, Recall
 from opencloc.eval.tasks import Evaluation, Prediction
 
 CURVES = {"image_text": "Image-text loss", "region_text": "Region-text loss", "grounding": "Grounding loss"}
+PICTURE_PX = 512  # longest side of a picture in the page
 SERIES = ("#010101", "#020202", "#030303", "#040404")  # placeholders that the page's styles give their colours
 INK = "#050505"
 
@@ -75,7 +76,7 @@ def rows(evaluations: Sequence[Evaluation]) -> list[Row]:
         return f"{part.boxes:,} boxes"
 
     def queries(part: Recall) -> str:
-        return f"{part.queries:,} queries, {part.gallery:,} candidates"
+        return f"{part.queries:,} queries among {part.gallery:,}"
 
     def overall(e: Evaluation) -> Accuracy | None:
         return e.region_recognition and e.region_recognition.overall
@@ -221,26 +222,28 @@ def _place(box: Any) -> str:
 
 
 def _data_url(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.convert("RGB").save(file, "PNG", optimize=True)
+    image, file = image.convert("RGB"), io.BytesIO()
+    image.thumbnail((PICTURE_PX, PICTURE_PX))  # only ever makes it smaller
+    image.save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _headline(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """The columns of the first table: one score each, with its denominator and the chance of guessing."""
     wanted = {
-        ("region recognition", "top-1"): ("Naming regions", "top-1"),
-        ("region recognition", "mAcc"): ("Naming regions", "mean over classes"),
-        ("grounding", "IoU ≥ 0.5"): ("Finding regions", "IoU ≥ 0.5"),
+        ("region recognition", "top-1"): ("Region names", "top-1"),
+        ("region recognition", "mAcc"): ("Region names", "mean over classes"),
+        ("grounding", "IoU ≥ 0.5"): ("Regions found", "IoU ≥ 0.5"),
         ("image retrieval", "image to text R@1"): ("Image to caption", "R@1"),
         ("image retrieval", "text to image R@1"): ("Caption to image", "R@1"),
     }
+    measured = {(row.group, row.label): row for row in rows(evaluations)}
     columns = []
-    for row in rows(evaluations):
-        if (row.group, row.label) in wanted:
-            what, score = wanted[row.group, row.label]
-            known = [v for v in row.values if v is not None]
-            columns.append({"what": what, "score": score, "of": row.of, "values": row.values, "best": max(known)})
+    for key, (what, score) in wanted.items():
+        if key in measured:
+            row = measured[key]
+            best = max(value for value in row.values if value is not None)
+            columns.append({"what": what, "score": score, "of": row.of, "values": row.values, "best": best})
     return columns
 
 

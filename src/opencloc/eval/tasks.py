@@ -37,6 +37,7 @@ NO_REGIONS = "image without regions"
 NO_CAPTIONS = "image without captions"
 UNKNOWN_CLASS = "region text is not among the class names"
 AMBIGUOUS = "text names several regions of its image"
+NO_CLASSES = "no class names to choose from"
 CANNOT_GROUND = "this encoder cannot ground"
 
 
@@ -127,9 +128,11 @@ def predict(
 ) -> list[Prediction]:
     """The class name of every region and the box of every unambiguous text, for a few samples (to be shown).
 
-    Raises ValueError if a class name is duplicated or there is none.
+    Names that differ in case or spacing only are one class.  Raises ValueError if there is none.
     """
-    names = _check_names(class_names)
+    names = list(dict.fromkeys(map(canonical, class_names)))
+    if not names:
+        raise ValueError(NO_CLASSES)
     if not samples:
         return []
     with _inference(encoder, dtype):
@@ -331,7 +334,7 @@ def _check_names(class_names: Sequence[str]) -> list[str]:
     """The names in canonical form.  Raises ValueError if there is none, or two are the same."""
     count = Counter(map(canonical, class_names))
     if not count:
-        raise ValueError("no class names to choose from")
+        raise ValueError(NO_CLASSES)
     if twice := [name for name, times in count.items() if times > 1]:
         raise ValueError(f"class names appear twice (case and spacing aside): {', '.join(twice[:5])}")
     return list(count)

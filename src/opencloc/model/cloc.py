@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, no_type_check, overload
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -45,6 +45,7 @@ POSITION_STD = 0.02  # transformers' initial spread of CLIP's position embedding
 NO_TEXT_PROMPTS = "the roi Prompter has no text prompts and cannot ground: use prompter='cross' or 'encoder'"
 
 
+@no_type_check  # tests check the types of all calls: that would hide the **kwargs transformers adds to configurations
 @strict
 class ClocConfig(PreTrainedConfig):
     """Configuration of a `ClocModel`: the towers' own configuration and the region parts.
@@ -115,6 +116,8 @@ class ClocModel(PreTrainedModel):
         self.embed_dim, self.grid = towers.embed_dim(clip), towers.patch_grid(clip)
         width = clip.vision_config.hidden_size
         self.clip: Any = AutoModel.from_config(clip) if towers_model is None else towers_model
+        if towers_model is not None:  # the base class has just reset the choice in the configuration they share
+            towers_model.set_attn_implementation(config._attn_implementation or "sdpa")
         self.prompt_encoder = PromptEncoder(width, self.embed_dim, self.grid)
         self.prompter: nn.Module
         if config.prompter == "cross":

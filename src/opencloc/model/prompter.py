@@ -26,6 +26,8 @@ from torch.nn import functional as F
 from opencloc.model.prompts import PromptBatch, patch_centres, sinusoidal
 from opencloc.model.roi import roi_align
 
+OFFSET_SCALE = 0.1  # of the centre's correction, in sides of the square: starts small beside the attention's mean
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrompterOutput:
@@ -171,12 +173,11 @@ class MlpBoxHead(nn.Module):
 
 
 class AnchoredBoxHead(nn.Module):
-    """A box read off an attention map: centre and extent are the map's moments, corrected by an MLP.
+    """A box read off an attention map: its centre is the mean position under the map, corrected by an MLP.
 
-    z asks the image tokens where it is; the mean position under that attention is the centre, its spread the
-    extent (a uniform density on an interval of width w has standard deviation w / sqrt(12)).  A 2-layer GELU MLP on z
-    and the features attended to adds small corrections.  Differs from the paper's head, which has to regress the place
-    from z alone.
+    z asks the image tokens where it is.  A 2-layer GELU MLP on z and on what was attended to adds a small offset to the
+    centre and gives width and height by a sigmoid.  Differs from the paper's head, which has to regress the place from
+    z alone.
     """
 
     def __init__(self, width: int, embed_dim: int, grid: tuple[int, int]) -> None:
@@ -191,16 +192,10 @@ class AnchoredBoxHead(nn.Module):
         z = F.normalize(output.embedding, dim=-1) * output.embedding.shape[-1] ** 0.5
         query, key = self.query(z), self.key(output.memory)
         attention = ((query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5).softmax(-1)  # (B, P, N)
-        positions = patch_centres(self.grid, attention.device)
-        centre = attention @ positions
-        variance = (attention @ positions.square() - centre.square()).clamp_min(0)
-        # a patch is not a point: its own extent is part of the spread (and keeps the square root differentiable)
-        patch = positions.new_tensor([1 / self.grid[1], 1 / self.grid[0]])
-        size = (12 * (variance + patch.square() / 12)).sqrt()
         attended = attention.to(output.memory.dtype) @ self.value(output.memory)
-        offset, log_scale = self.mlp(torch.cat([z, attended], -1)).float().chunk(2, dim=-1)
-        centre = centre + size * offset.tanh() / 2
-        half = size * (2 * (log_scale / 2).tanh()).exp() / 2
+        offset, size = self.mlp(torch.cat([z, attended], -1)).float().chunk(2, dim=-1)
+        centre = attention @ patch_centres(self.grid, attention.device) + OFFSET_SCALE * offset
+        half = (size - 1).sigmoid() / 2  # a quarter of the side at the start
         return torch.cat([centre - half, centre + half], -1)
 
 

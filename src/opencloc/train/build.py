@@ -25,13 +25,17 @@ def build_model(
 
     A resumed run takes its processor (and architecture) from its checkpoint; weights are loaded by the caller.
     """
+    model, processor = _build(config, sources, resume_from)
+    model.set_attn_implementation(config.model.attention)
+    return model, processor
+
+
+def _build(config: TrainConfig, sources: Sequence[Source], resume_from: Path | None) -> tuple[ClocModel, ClocProcessor]:
     model_config = config.model
     torch.manual_seed(config.seed)
     if resume_from is not None:
         processor = ClocProcessor.from_pretrained(resume_from)
-        cloc = ClocConfig.from_pretrained(resume_from)
-        cloc.clip_config._attn_implementation = model_config.attention  # pyright: ignore
-        return ClocModel(cloc), processor
+        return ClocModel(ClocConfig.from_pretrained(resume_from)), processor
     region = {
         name: getattr(model_config, name)
         for name in ("prompter", "prompter_heads", "prior_slope", "shared_positions", "box_head")
@@ -48,7 +52,6 @@ def build_model(
     else:
         tokenizer = train_tokenizer(texts_of(sources), model_config.vocab_size, model_config.text_length)
     clip = tower_config(model_config, tokenizer)
-    clip._attn_implementation = model_config.attention
     return ClocModel(ClocConfig(clip_config=clip, **region)), ClocProcessor.for_towers(clip, tokenizer)
 
 

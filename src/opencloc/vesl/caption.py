@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from opencloc.config import Strict
 from opencloc.data.sample import BadSample, Sample
@@ -25,6 +25,7 @@ class CaptionerError(RuntimeError):
     """Captioning cannot work for any image: no such model, a refused key, a server that cannot be reached."""
 
 
+@runtime_checkable  # the tests check all annotations while they run
 class Captioner(Protocol):
     """Makes one caption per image.
 

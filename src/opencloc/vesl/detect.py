@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol, cast, runtime_checkable
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -59,6 +59,7 @@ def no_detections() -> Detections:
     return Detections(boxes=np.zeros((0, 4)), scores=np.zeros(0), phrase=np.zeros(0))
 
 
+@runtime_checkable
 class Detector(Protocol):
     """Any callable that finds phrases on images.  Your own detector needs this one method and nothing else.
 

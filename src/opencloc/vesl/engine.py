@@ -60,11 +60,9 @@ class Failures:
 class Tally:
     """What happened to the images so far: counts by reason and seconds by step."""
 
-    images: int = 0  # rows, those with an error included
-    regions: int = 0
-    phrases: int = 0
+    phrases: int = 0  # of the rows without an error
     images_without_phrases: int = 0
-    failed: dict[str, Failures] = field(default_factory=dict)  # rows with an error
+    failed: dict[str, Failures] = field(default_factory=dict)  # rows with an error, by reason
     dropped: Counter[str] = field(default_factory=Counter)  # detections, by filter
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # by step; `wait`: for images
     failures_in_a_row: int = 0  # of the detector
@@ -78,11 +76,13 @@ class Tally:
         finally:
             self.seconds[step] += time.perf_counter() - start
 
-    def add(self, row: SidecarRow, reason: str | None) -> None:
-        self.images += 1
-        self.regions += len(row.texts)
+    def add(self, row: SidecarRow, reason: str | None, num_phrases: int) -> None:
+        """One more row; `reason` of its error, or None."""
         if reason is not None:
             self.failed.setdefault(reason, Failures()).add(row.key)
+            return
+        self.phrases += num_phrases
+        self.images_without_phrases += not num_phrases
 
 
 def label_samples(engine: Engine, samples: Iterable[Sample | BadSample], tally: Tally) -> Iterator[list[SidecarRow]]:
@@ -114,8 +114,6 @@ def _label_batch(engine: Engine, batch: Sequence[Sample | BadSample], tally: Tal
                 phrases[key] = tuple(engine.phrases(caption))
             except Exception as error:  # whatever a caption from the web can provoke
                 bad[key] = BadSample("phrases failed", key, _describe(error))
-    tally.phrases += sum(map(len, phrases.values()))
-    tally.images_without_phrases += sum(not own for own in phrases.values())
     asked = [sample for sample in good if phrases.get(sample.key)]
     with tally.clock("detect"):
         found = dict(zip((s.key for s in asked), _detect(engine.detector, asked, phrases, tally), strict=True))
@@ -123,8 +121,9 @@ def _label_batch(engine: Engine, batch: Sequence[Sample | BadSample], tally: Tal
     with tally.clock("filter"):
         for item in batch:
             key = item.key if isinstance(item, Sample) else item.where
-            row, reason = _row(engine.filters, key, captions.get(key), phrases.get(key, ()), found.get(key), bad, tally)
-            tally.add(row, reason)
+            own = phrases.get(key, ())
+            row, reason = _row(engine.filters, key, captions.get(key), own, found.get(key), bad, tally)
+            tally.add(row, reason, len(own))
             rows.append(row)
     return rows
 

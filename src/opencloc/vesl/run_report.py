@@ -106,14 +106,17 @@ class Display:
 
     def shard_failed(self, shard: str, why: str, attempt: int, max_attempts: int) -> None:
         """An attempt at a shard failed; said at once, since it may take hours until the summary."""
-        self._bar.console.print(f"{shard}: attempt {attempt} of {max_attempts} failed: {why}", markup=False)
+        self._bar.console.print(
+            f"{shard}: attempt {attempt} of {max_attempts} failed: {why}", markup=False, soft_wrap=True
+        )
 
     def _show(self) -> None:
         self._bar.update(self._task, figures=self._figures())
         now = time.monotonic()
         if not self._console.is_terminal and now - self._last_line > LINE_EVERY_S:
             self._last_line = now
-            self._console.print(f"{len(self._report.reports)} of {self._num_shards} shards, {self._figures()}")
+            line = f"{len(self._report.reports)} of {self._num_shards} shards, {self._figures()}"
+            self._console.print(line, soft_wrap=True)
 
     def _figures(self) -> str:
         report, seconds = self._report, time.monotonic() - self._start

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -35,6 +35,7 @@ class Outcome:
     fatal: bool = False  # no shard can succeed: the models can't be loaded
 
 
+@runtime_checkable
 class Workers(Protocol):
     """A fixed number of workers, each busy with at most one shard.  A context manager; leaving it stops them."""
 

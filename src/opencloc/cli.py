@@ -1,0 +1,210 @@
+"""The `opencloc` command: verbs, their arguments, and how errors are shown.  No work is done here.
+
+Arguments are made by tyro from the configuration dataclasses; their docstrings are the help.  Verbs import what they
+need when they run, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        from opencloc import __version__
+
+        print(__version__)
+        return 0
+    verb = next((name for name in VERBS if arguments[: len(name.split())] == name.split()), None)
+    if verb is None:
+        print(f"opencloc: there is no verb {' '.join(arguments[:2])!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    try:
+        return VERBS[verb](arguments[len(verb.split()) :]) or 0
+    except KeyboardInterrupt:
+        print("opencloc: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+            raise  # torch's own subclasses are bugs, not messages
+        print(f"opencloc {verb}: {error}", file=sys.stderr)
+        return 1
+
+
+def usage() -> str:
+    """The help of the command itself."""
+    width = max(map(len, VERBS))
+    lines = [f"  {name:<{width}}  {(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: opencloc VERB ...",
+            "",
+            "Contrastive localized language-image pre-training: a CLIP whose regions can be prompted.",
+            "",
+            *lines,
+            "",
+            "opencloc VERB --help says more of each.",
+        ]
+    )
+
+
+def _train(arguments: list[str]) -> int | None:
+    """Pre-train a model: opencloc train PRESET|CONFIG.json [--field value ...]"""
+    from opencloc.config import TrainConfig, from_json
+    from opencloc.presets import PRESETS
+    from opencloc.train.loop import Interrupted, train
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"{_train.__doc__}\n\nPresets:")
+        for name, preset in PRESETS.items():
+            print(f"  {name:<12} {(preset.__doc__ or '').splitlines()[0]}")
+        print(
+            "\nopencloc train PRESET --help lists all fields.  --loss.region-weight 0 trains the CLIP baseline.\n"
+            "Running the same command again goes on where the run stopped."
+        )
+        return 0
+    first, rest = arguments[0], arguments[1:]
+    if first in PRESETS:
+        default = PRESETS[first]()
+    elif Path(first).suffix == ".json":
+        default = from_json(TrainConfig, Path(first).read_text(), first)
+    else:
+        raise ValueError(f"{first!r} is neither a preset ({', '.join(PRESETS)}) nor a .json configuration")
+    config = _parse(TrainConfig, rest, f"train {first}", default=default)
+    try:
+        print(train(config))
+    except Interrupted as stop:
+        print(f"opencloc train: {stop}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _eval(arguments: list[str]) -> None:
+    """Score encoders on regions, retrieval and grounding, side by side"""
+    from opencloc.eval.run import EvalConfig, run_eval
+
+    run_eval(_parse(EvalConfig, arguments, "eval"))
+
+
+def _label(arguments: list[str]) -> int:
+    """Make region-text labels for images: caption, phrases, detection (VESL)"""
+    from opencloc.vesl.label_config import LabelConfig
+    from opencloc.vesl.run import RunConfig, run_label
+
+    @dataclass(frozen=True, kw_only=True)
+    class Label:
+        """Make region-text labels for images: captions -> phrases -> detection -> one sidecar per shard."""
+
+        label: LabelConfig
+        run: RunConfig
+
+    parsed = _parse(Label, arguments, "label")
+    return run_label(parsed.label, parsed.run).exit_code
+
+
+def _data_stats(arguments: list[str]) -> None:
+    """Figures of a labelled data set: counts, lengths, histograms, frequent texts"""
+    from opencloc.data.stats import StatsConfig, write_stats
+
+    config = _parse(StatsConfig, arguments, "data stats")
+    write_stats(config)
+    print((Path(config.out) / "stats.md").read_text())
+
+
+def _data_view(arguments: list[str]) -> None:
+    """An HTML contact sheet with boxes and texts drawn on the images"""
+    from opencloc.data.view import ViewConfig, write_view
+
+    print(write_view(_parse(ViewConfig, arguments, "data view")))
+
+
+def _data_pack(arguments: list[str]) -> None:
+    """Write images and their labels as self-contained shards"""
+    from opencloc.data.pack import PackConfig, pack
+
+    print(pack(_parse(PackConfig, arguments, "data pack")))
+
+
+def _data_scenes(arguments: list[str]) -> None:
+    """Write generated scenes as shards"""
+    from opencloc.data.scenes import SceneConfig, write_scenes
+
+    @dataclass(frozen=True, kw_only=True)
+    class WriteScenes:
+        """Generated scenes as WebDataset shards."""
+
+        out: str
+        """Folder for the tars."""
+        num_images: int = 1000
+        images_per_shard: int = 1000
+        scenes: SceneConfig = field(default_factory=SceneConfig)
+
+    config = _parse(WriteScenes, arguments, "data scenes")
+    for path in write_scenes(config.scenes, config.num_images, config.out, config.images_per_shard):
+        print(path)
+
+
+def _export(arguments: list[str]) -> None:
+    """Write a model's towers as a plain CLIP checkpoint, for LLaVA, Ferret and others"""
+    from opencloc.model.cloc import ClocModel
+    from opencloc.model.processor import ClocProcessor
+
+    @dataclass(frozen=True, kw_only=True)
+    class Export:
+        """The towers of a CLOC checkpoint as a folder that transformers loads as CLIPModel or CLIPVisionModel."""
+
+        model: str
+        """Folder of the CLOC checkpoint."""
+        out: str
+        """Folder to write."""
+
+    config = _parse(Export, arguments, "export")
+    if not (Path(config.model) / "config.json").is_file():
+        raise ValueError(f"{config.model} is no checkpoint folder: there is no config.json in it")
+    kind = json.loads((Path(config.model) / "config.json").read_text()).get("model_type")
+    if kind != "cloc":
+        raise ValueError(f"{config.model} holds a {kind!r} model, not a CLOC checkpoint")
+    ClocModel.from_pretrained(config.model).export_clip(config.out)
+    ClocProcessor.from_pretrained(config.model).export_clip(config.out)
+    print(config.out)
+
+
+def _parse(kind: Callable[..., Config], arguments: list[str], verb: str, default: Any = None) -> Config:
+    import tyro
+
+    return tyro.cli(
+        kind,
+        args=arguments,
+        prog=f"opencloc {verb}",
+        default=default if default is not None else tyro.MISSING_NONPROP,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
+        if verb == "label"
+        else (tyro.conf.FlagConversionOff,),
+    )
+
+
+VERBS: dict[str, Callable[[list[str]], int | None]] = {
+    "train": _train,
+    "eval": _eval,
+    "label": _label,
+    "export": _export,
+    "data scenes": _data_scenes,
+    "data stats": _data_stats,
+    "data view": _data_view,
+    "data pack": _data_pack,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

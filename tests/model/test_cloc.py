@@ -1,0 +1,258 @@
+"""The model: families of towers, checkpoints, exports, prompts of all kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    CLIPModel,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+    Siglip2ImageProcessorPil,
+)
+
+from opencloc.model.cloc import ClocConfig, ClocModel
+from opencloc.model.processor import ClocProcessor
+from opencloc.model.prompts import Box, Mask, Point, Text
+from opencloc.model.towers import patchify, vision_forward
+
+FAMILIES = ("clip", "siglip", "siglip2")
+PROMPTERS = ("cross", "encoder", "roi")
+BOXES = torch.tensor([[[0.1, 0.2, 0.6, 0.9], [0.5, 0.0, 1.0, 0.4]], [[0.0, 0.0, 0.3, 0.3], [0.2, 0.2, 0.9, 0.5]]])
+
+MakeModel = Callable[..., ClocModel]
+
+
+@pytest.fixture
+def make_model(tower_config: Callable[[str], Any]) -> MakeModel:
+    def make(family: str = "clip", **options: Any) -> ClocModel:
+        torch.manual_seed(0)
+        return ClocModel(ClocConfig(clip_config=tower_config(family), **options)).eval()
+
+    return make
+
+
+def pixels(count: int = 2) -> torch.Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def texts(model: ClocModel, count: int = 3) -> torch.Tensor:
+    length = 16 if model.config.clip_config.model_type != "clip" else 5
+    ids = torch.randint(3, 200, (count, length), generator=torch.Generator().manual_seed(2))
+    ids[:, -1] = 1  # end of text
+    return ids
+
+
+@pytest.mark.parametrize("prompter", PROMPTERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_with_every_prompter(make_model: MakeModel, family: str, prompter: str) -> None:
+    model = make_model(family, prompter=prompter).train()
+    ids = texts(model)
+    out = model(pixels(), ids[:2], BOXES, ids, torch.tensor([[0, 1], [2, 0]]))
+    assert out.region is not None
+    terms = [out.image @ out.caption.T, out.region.flatten(0, 1) @ out.region_text.flatten(0, 1).T]
+    terms += [out.ground_boxes] if out.ground_boxes is not None else []
+    sum(term.square().sum() for term in terms).backward()
+    idle = {name for name, p in model.named_parameters() if p.grad is None}
+    unused = {"prompt_encoder.point_kind", "clip.logit_scale", "clip.logit_bias", "region_logit_scale"}
+    if prompter == "roi":
+        unused |= {name for name, _ in model.named_parameters() if name.startswith("prompt_encoder.")}
+    assert idle <= unused
+    for embedding in (out.image, out.caption, out.region, out.region_text):
+        torch.testing.assert_close(embedding.norm(dim=-1), torch.ones(embedding.shape[:-1]))
+
+
+@pytest.mark.parametrize("prompter", PROMPTERS)
+def test_saved_model_loads_equal(make_model: MakeModel, tmp_path: Path, prompter: str) -> None:
+    model = make_model(prompter=prompter)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path).eval()
+    assert isinstance(loaded, ClocModel)
+    assert loaded.config.prompter == prompter
+    for (name, ours), theirs in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert torch.equal(model.encode_image(pixels()).embedding, loaded.encode_image(pixels()).embedding)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_from_clip_keeps_every_weight_and_export_gives_them_back(
+    tower_config: Callable[[str], Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path, family: str
+) -> None:
+    torch.manual_seed(3)
+    original = AutoModel.from_config(tower_config(family)).eval()
+    original.save_pretrained(tmp_path / "original")
+    tokenizer.save_pretrained(tmp_path / "original")
+    model = ClocModel.from_clip(tmp_path / "original", prompter_heads=2).eval()
+    processor = ClocProcessor.from_clip(tmp_path / "original")
+    assert processor.image_size == 32
+    for name, weight in original.state_dict().items():
+        assert torch.equal(weight, model.clip.state_dict()[name]), name
+    with torch.no_grad():  # as after fine-tuning: no weight is what it was
+        for parameter in model.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    model.export_clip(tmp_path / "export")
+    processor.export_clip(tmp_path / "export")
+    exported = AutoModel.from_pretrained(tmp_path / "export").eval()
+    assert type(exported) is type(original)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.nn.functional.normalize(vision_forward(exported, pixels())[0], dim=-1),
+            model.encode_image(pixels()).embedding,
+        )
+        ids = texts(model)
+        features = exported.get_text_features(input_ids=ids).pooler_output
+        torch.testing.assert_close(torch.nn.functional.normalize(features, dim=-1), model.encode_text(ids))
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers reports the text tower that a vision model leaves out
+def test_export_loads_as_the_classes_llava_and_ferret_use(
+    make_model: MakeModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = make_model()
+    processor = ClocProcessor.for_towers(model.config.clip_config, tokenizer)
+    model.export_clip(tmp_path)
+    processor.export_clip(tmp_path)
+    vision, whole = CLIPVisionModel.from_pretrained(tmp_path).eval(), CLIPModel.from_pretrained(tmp_path).eval()
+    preprocess = AutoProcessor.from_pretrained(tmp_path, backend="pil")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 50, 3), dtype=np.uint8))
+    theirs = preprocess(images=image, return_tensors="pt")["pixel_values"]
+    ours, _ = processor.letterbox([image])
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
+    with torch.no_grad():
+        features = model.encode_image(ours)
+        torch.testing.assert_close(vision(pixel_values=ours).last_hidden_state[:, 1:], features.tokens)
+        pooled = whole.get_image_features(pixel_values=ours).pooler_output
+        torch.testing.assert_close(torch.nn.functional.normalize(pooled, dim=-1), features.embedding)
+
+
+def test_patches_of_siglip2_are_those_of_its_image_processor() -> None:
+    square = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    theirs = Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16)(images=Image.fromarray(square), return_tensors="pt")
+    ours = patchify(torch.from_numpy(square).permute(2, 0, 1)[None].float() / 127.5 - 1, 8)
+    torch.testing.assert_close(theirs["pixel_values"], ours, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("prompter", PROMPTERS)
+def test_prompts_do_not_see_each_other(make_model: MakeModel, prompter: str) -> None:
+    model = make_model(prompter=prompter)
+    features = model.encode_image(pixels())
+    together = model.encode_regions(features, BOXES)
+    for p in range(2):
+        torch.testing.assert_close(model.encode_regions(features, BOXES[:, p : p + 1])[:, 0], together[:, p])
+    ragged = model.encode_regions(features, [BOXES[0], BOXES[1, :1]])
+    torch.testing.assert_close(ragged[0], together[0])
+    torch.testing.assert_close(ragged[1], together[1, :1])
+
+
+@pytest.mark.parametrize("prompter", ["cross", "encoder"])
+def test_kinds_of_prompts_mix_and_padding_changes_nothing(make_model: MakeModel, prompter: str) -> None:
+    model = make_model(prompter=prompter)
+    features = model.encode_image(pixels())
+    text = model.encode_text(texts(model))[0]
+    kinds = [Box(0.1, 0.2, 0.6, 0.9), Point(0.3, 0.3), Mask(torch.eye(9)), Text(text), (Point(0.3, 0.3), Text(text))]
+    mixed, nothing = model.encode_regions(features, [kinds, []])
+    assert nothing.shape == (0, 24)
+    for i, kind in enumerate(kinds):
+        alone = model.encode_regions(features, [[kind], []])[0][0]
+        torch.testing.assert_close(mixed[i], alone)
+    torch.testing.assert_close(mixed[0], model.encode_regions(features, BOXES)[0, 0])
+    assert torch.pdist(mixed).min() > 1e-4
+
+
+@pytest.mark.parametrize("prompter", ["cross", "encoder"])
+def test_distinct_texts_encoded_once_equal_the_plain_way(make_model: MakeModel, prompter: str) -> None:
+    model = make_model(prompter=prompter)
+    ids = texts(model)
+    index = torch.tensor([[0, 1], [1, 0]])
+    once = model(pixels(), ids[:2], BOXES, ids, index)
+    plain = model(pixels(), ids[:2], BOXES, ids[index.flatten()], torch.arange(4).reshape(2, 2))
+    for name in ("region", "region_text", "ground_boxes"):
+        torch.testing.assert_close(getattr(once, name), getattr(plain, name))
+
+
+def test_training_forward_equals_encode_and_prompt(make_model: MakeModel) -> None:
+    model = make_model()
+    ids = texts(model)
+    index = torch.tensor([[0, 1], [2, 0]])
+    out = model(pixels(), ids[:2], BOXES, ids, index)
+    features = model.encode_image(pixels())
+    torch.testing.assert_close(out.region, model.encode_regions(features, BOXES))
+    grounded = model.ground(features, model.encode_text(ids)[index])
+    torch.testing.assert_close(out.ground_boxes.clamp(0, 1), grounded)
+
+
+def test_padding_behind_a_text_changes_nothing(make_model: MakeModel) -> None:
+    model = make_model()
+    ids = texts(model)
+    torch.testing.assert_close(model.encode_text(ids), model.encode_text(torch.nn.functional.pad(ids, (0, 7))))
+
+
+def test_a_steep_prior_sees_nothing_outside_the_box(make_model: MakeModel) -> None:
+    model = make_model(prior_slope=6.0)
+    features = model.encode_image(pixels())
+    box = torch.tensor([0.0, 0.0, 0.5, 0.5]).expand(2, 1, 4)
+    tokens = features.tokens.clone().unflatten(1, (4, 4))
+    tokens[:, 2:] = 0
+    tokens[:, :, 2:] = 0
+    cut = type(features)(embedding=features.embedding, tokens=tokens.flatten(1, 2), grid=features.grid)
+    torch.testing.assert_close(model.encode_regions(features, box), model.encode_regions(cut, box), atol=1e-4, rtol=0)
+    flat = make_model(prior_slope=None)
+    assert (flat.encode_regions(features, box) - flat.encode_regions(cut, box)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("box_head", ["anchored", "mlp"])
+def test_grounded_boxes_are_ordered_and_inside(make_model: MakeModel, box_head: str) -> None:
+    model = make_model(box_head=box_head)
+    features = model.encode_image(10 * pixels())
+    boxes = model.ground(features, torch.nn.functional.normalize(torch.randn(2, 5, 24), dim=-1))
+    assert boxes.shape == (2, 5, 4)
+    assert (boxes >= 0).all()
+    assert (boxes <= 1).all()
+    assert (boxes[..., 2:] >= boxes[..., :2]).all()
+
+
+def test_roi_prompter_refuses_texts(make_model: MakeModel) -> None:
+    model = make_model(prompter="roi")
+    features = model.encode_image(pixels())
+    with pytest.raises(ValueError, match="no text prompts"):
+        model.ground(features, torch.zeros(2, 1, 24))
+    with pytest.raises(ValueError, match="no text prompts"):
+        model.encode_regions(features, [[Text(torch.zeros(24))], []])
+
+
+def test_pixel_boxes_and_wrong_counts_are_refused(make_model: MakeModel) -> None:
+    model = make_model()
+    features = model.encode_image(pixels())
+    with pytest.raises(ValueError, match="not pixels"):
+        model.encode_regions(features, 32 * BOXES)
+    with pytest.raises(ValueError, match="2 images but prompts for 1"):
+        model.encode_regions(features, BOXES[:1])
+
+
+def test_wrong_checkpoints_are_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "cloc")
+    with pytest.raises(ValueError, match="CLOC checkpoint already"):
+        ClocModel.from_clip(tmp_path / "cloc")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match=r"bert.*must be one of clip, siglip, siglip2"):
+        ClocModel.from_clip(tmp_path / "bert")
+
+
+def test_vit_positions_start_from_the_basis_of_the_prompts(make_model: MakeModel) -> None:
+    with_basis, without = make_model(), make_model(shared_positions=False)
+    table = with_basis.clip.vision_model.embeddings.position_embedding.weight[1:]
+    from opencloc.model.prompts import patch_centres
+
+    basis = with_basis.prompt_encoder.basis(patch_centres((4, 4)))
+    assert torch.corrcoef(torch.stack([table.flatten(), basis.flatten()]))[0, 1] > 0.999
+    other = without.clip.vision_model.embeddings.position_embedding.weight[1:]
+    assert torch.corrcoef(torch.stack([other.flatten(), basis.flatten()]))[0, 1].abs() < 0.2

@@ -1,0 +1,333 @@
+"""Runs over many shards: resume after any end, workers that die, Ray, retries, and what people are told."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from opencloc.config import to_json
+from opencloc.data.scenes import SceneConfig, write_scenes
+from opencloc.data.sidecar import read_sidecar
+from opencloc.vesl import run as run_module
+from opencloc.vesl.label import Shard, ShardReport, find_shards
+from opencloc.vesl.label_config import LabelConfig
+from opencloc.vesl.run import RunConfig, run_label
+from opencloc.vesl.run_report import RunReport, format_report
+from opencloc.vesl.workers import Outcome
+
+sys.path.insert(0, str(Path(__file__).parent))  # the oracle lies beside this file
+
+SHARDS = 4
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("scenes")
+    write_scenes(SceneConfig(mode="easy"), 4 * SHARDS, str(folder), images_per_shard=4)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(scenes: str, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    report = run_label(configure(scenes, folder), console=quiet())
+    assert report.complete
+    return folder
+
+
+def configure(scenes: str, output: Path, batch_size: int = 2, **options: str) -> LabelConfig:
+    query = "&".join(f"{name}={value}" for name, value in {"shards": scenes, **options}.items())
+    detector = f"oracle:factory?{query}"
+    return LabelConfig(data=(scenes,), output=str(output), detector=detector, phrases="n-grams", batch_size=batch_size)
+
+
+def quiet() -> Console:
+    return Console(file=StringIO())
+
+
+def key(number: int) -> str:
+    return f"easy-train-0-{number:09d}"
+
+
+def assert_same_labels(folder: Path, expected: Path) -> None:
+    paths = sorted(expected.glob("*.parquet"))
+    assert [path.name for path in sorted(folder.glob("*.parquet"))] == [path.name for path in paths]
+    for path in paths:
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+
+
+def assert_no_half_files(folder: Path) -> None:
+    """Every sidecar can be read; every stats file has its sidecar and is whole."""
+    for path in folder.glob("*.parquet"):
+        assert len(read_sidecar(str(path))) == 4
+    for path in folder.glob("*_stats.json"):
+        assert json.loads(path.read_text())["images"] == 4
+        assert path.with_name(path.name.replace("_stats.json", ".parquet")).exists()
+
+
+def test_a_second_run_skips_what_is_finished_and_redoes_what_is_not(scenes: str, tmp_path: Path, undisturbed) -> None:
+    config = configure(scenes, tmp_path)
+    run_label(config, console=quiet())
+    (tmp_path / "00001.vesl_stats.json").unlink()  # as if killed between the two files of a shard
+    (tmp_path / "00002.vesl.parquet").unlink()
+    for name in (".00001.vesl.parquet.123.tmp", ".00001.vesl_stats.json.9.tmp", ".other.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("0000[03]*")}
+    report = run_label(config, console=quiet())
+    assert (report.finished_before, len(report.reports)) == (2, 2)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("0000[03]*")} == kept
+    assert [path.name for path in tmp_path.glob(".*")] == [".other.tmp"]
+    assert_same_labels(tmp_path, undisturbed)
+
+
+def test_a_finished_run_does_nothing_and_loads_no_model(scenes: str, tmp_path: Path) -> None:
+    run_label(configure(scenes, tmp_path), console=quiet())
+    report = run_label(configure(scenes, tmp_path), console=quiet())
+    assert report.finished_before == SHARDS
+    assert report.complete
+    assert not report.reports
+
+
+def test_labels_of_another_configuration_are_not_mixed(scenes: str, tmp_path: Path) -> None:
+    run_label(configure(scenes, tmp_path), console=quiet())
+    with pytest.raises(ValueError, match="made with another configuration"):
+        run_label(configure(scenes, tmp_path, slow="0.001"), console=quiet())
+    (tmp_path / "vesl_manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"vesl_manifest.json is missing, but labels 'vesl' lie beside it"):
+        run_label(configure(scenes, tmp_path), console=quiet())
+
+
+def test_an_interrupted_run_is_reported_and_goes_on_where_it_was(scenes: str, tmp_path: Path, undisturbed) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    config = configure(scenes, tmp_path, interrupt=key(9), once=str(marks))
+    report = run_label(config, console=quiet())
+    assert (report.stopped, len(report.reports), report.not_started) == ("interrupted", 2, 2)
+    assert "2 shards are left" in format_report(report)
+    assert "same command again" in format_report(report)
+    again = run_label(config, console=quiet())
+    assert (again.finished_before, len(again.reports), again.complete) == (2, 2, True)
+    assert_same_labels(tmp_path, undisturbed)
+
+
+def test_retry_failed_redoes_only_shards_with_failures(scenes: str, tmp_path: Path, undisturbed: Path) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    # Alone in its batch, so that the oracle's one failure isn't made good by asking for the image alone.
+    config = configure(scenes, tmp_path, batch_size=1, fail=f"{key(1)},{key(14)}", once=str(marks))
+    first = run_label(config, console=quiet())
+    assert first.complete
+    assert first.failed == 2
+    assert "2 detector failed (RuntimeError), for example" in format_report(first)
+    assert "--retry-failed" in format_report(first)
+    untouched = run_label(config, console=quiet())
+    assert untouched.finished_before == SHARDS
+    report = run_label(config, RunConfig(retry_failed=True), console=quiet())
+    assert (report.finished_before, len(report.reports), report.images, report.failed) == (2, 2, 2, 0)
+    assert_same_labels(tmp_path, undisturbed)
+
+
+def test_models_that_cannot_be_loaded_stop_the_run_at_once(scenes: str, tmp_path: Path) -> None:
+    config = LabelConfig(data=(scenes,), output=str(tmp_path), detector="oracle:broken")
+    report = run_label(config, console=quiet())
+    assert report.stopped == "RuntimeError: no such weights"
+    assert report.not_started == SHARDS
+    assert not report.complete
+
+
+class FakeWorkers:
+    """Two workers; `plan` says, for every attempt at a shard, why it fails (None: it doesn't)."""
+
+    def __init__(self, plan: dict[str, list[str | None]]) -> None:
+        self.plan, self.busy, self.order = plan, [], []
+
+    def idle(self) -> int:
+        return 2 - len(self.busy)
+
+    def submit(self, shard: Shard) -> None:
+        assert len(self.busy) < 2
+        self.busy.append(shard)
+        self.order.append(shard.source)
+
+    def outcomes(self):
+        shard = self.busy.pop(0)
+        problem = self.plan[shard.source].pop(0)
+        yield Outcome(shard=shard, report=None if problem else finished(shard), problem=problem or "")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def finished(shard: Shard) -> ShardReport:
+    return ShardReport(
+        source=shard.source,
+        sidecar=shard.sidecar,
+        config_hash="",
+        images=1,
+        regions=1,
+        phrases=1,
+        images_without_phrases=0,
+        failed={},
+        problems={},
+        dropped={},
+        seconds={},
+        models={},
+        versions={},
+    )
+
+
+def drive(plan: dict[str, list[str | None]], monkeypatch, tmp_path: Path) -> tuple[RunReport, list[str]]:
+    """A run of fake workers over shards named in the plan."""
+    shards = [Shard(source=name, sidecar=str(tmp_path / name)) for name in plan]
+    workers = FakeWorkers(plan)
+    monkeypatch.setattr(run_module, "find_shards", lambda config: shards)
+    monkeypatch.setattr(run_module, "_workers", lambda *_: workers)
+    config = LabelConfig(data=("unused",), output=str(tmp_path))
+    return run_label(config, RunConfig(max_attempts=3), console=quiet()), workers.order
+
+
+def test_a_failed_shard_is_tried_again_after_the_others_a_bounded_number_of_times(monkeypatch, tmp_path) -> None:
+    plan = {"a": ["lost", "lost", "gone for good"], "b": [None], "c": ["lost", None], "d": [None]}
+    report, order = drive(plan, monkeypatch, tmp_path)
+    assert order == ["a", "b", "c", "d", "a", "c", "a"]
+    assert report.failed_shards == {"a": "gone for good"}
+    assert len(report.reports) == 3
+    assert not report.complete
+    assert "a: gone for good" in format_report(report)
+
+
+def test_a_run_in_which_nothing_succeeds_any_more_stops(monkeypatch, tmp_path: Path) -> None:
+    plan = {"good": [None], **{str(i): ["no space left"] * 3 for i in range(20)}}
+    report, order = drive(plan, monkeypatch, tmp_path)
+    assert report.stopped == "10 attempts failed in a row, last: no space left"
+    assert len(order) <= 1 + 10 + 2
+    assert report.not_started == 20
+
+
+def test_two_local_workers_give_what_one_process_gives_though_one_is_killed(scenes, tmp_path, undisturbed) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    console = quiet()
+    config = configure(scenes, tmp_path, die=key(5), once=str(marks))
+    report = run_label(config, RunConfig(workers=2), console=console)
+    assert report.complete
+    assert len(report.reports) == SHARDS
+    assert "killed by SIGKILL, perhaps for want of memory" in console.file.getvalue()  # pyright: ignore
+    assert_same_labels(tmp_path, undisturbed)
+
+
+def test_a_local_ray_cluster_gives_what_one_process_gives_though_an_actor_is_killed(
+    scenes, tmp_path, undisturbed, monkeypatch
+) -> None:
+    pytest.importorskip("ray", reason="needs the extra `ray`")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    console = quiet()
+    config = configure(scenes, tmp_path, die=key(5), once=str(marks))
+    report = run_label(config, RunConfig(ray="local", workers=2), console=console)
+    assert report.complete
+    assert len(report.reports) == SHARDS
+    assert report.images == 4 * SHARDS
+    assert "the Ray worker died" in console.file.getvalue()  # pyright: ignore
+    assert_same_labels(tmp_path, undisturbed)
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from opencloc.config import from_json
+from opencloc.vesl.label_config import LabelConfig
+from opencloc.vesl.run import RunConfig, run_label
+from opencloc.vesl.run_report import format_report
+print(format_report(run_label(from_json(LabelConfig, sys.argv[2], "argument"), RunConfig(workers=int(sys.argv[3])))))
+"""
+
+
+def start(config: LabelConfig, workers: int) -> subprocess.Popen:
+    """A run in a process of its own."""
+    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), to_json(config), str(workers)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_files(process: subprocess.Popen, folder: Path, pattern: str, count: int) -> None:
+    """Waits until there are `count` such files or the process has ended."""
+    wait_until(lambda: len(list(folder.glob(pattern))) >= count or process.poll() is not None)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300  # a safeguard against hanging, far beyond what it takes
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize(("workers", "kill_after"), [(0, (1, 3)), (2, (2,))])
+def test_kill_9_leaves_no_half_file_and_the_next_run_ends_as_if_undisturbed(
+    scenes, tmp_path, undisturbed, workers: int, kill_after: tuple[int, ...]
+) -> None:
+    config = configure(scenes, tmp_path, slow="0.1")
+    for finished in kill_after:  # shards
+        with start(config, workers) as process:
+            wait_for_files(process, tmp_path, "*_stats.json", finished)
+            time.sleep(0.05 * finished)
+            children = children_of(process.pid)
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+        for child in children:  # workers end by themselves once their parent is gone
+            wait_until(lambda pid=child: not alive(pid))
+        assert_no_half_files(tmp_path)
+    report = run_label(config, console=quiet())
+    assert report.complete
+    assert report.finished_before >= kill_after[-1]
+    assert_same_labels(tmp_path, undisturbed)
+
+
+def children_of(pid: int) -> list[int]:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it may just have ended
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def alive(pid: int) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def test_ctrl_c_ends_a_run_with_workers_in_order(scenes, tmp_path, undisturbed) -> None:
+    config = configure(scenes, tmp_path, slow="0.3")
+    with start(config, 1) as process:
+        wait_for_files(process, tmp_path, "*_stats.json", 1)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate()
+    assert process.returncode == 0
+    assert "Stopped: interrupted." in output
+    assert "Traceback" not in output
+    assert_no_half_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("workers", -1), ("max_attempts", 0), ("gpus_per_worker", -0.5), ("cpus_per_worker", -1)]
+)
+def test_a_run_option_out_of_range_is_refused(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=r"-1|-0.5|got 0"):
+        RunConfig(**{field: value})  # pyright: ignore
+
+
+def test_every_shard_of_the_input_is_found_once(scenes: str, tmp_path: Path) -> None:
+    assert len({shard.sidecar for shard in find_shards(configure(scenes, tmp_path))}) == SHARDS
