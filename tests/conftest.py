@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from beartype import BeartypeConf, beartype
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # Shapes and types of every call are checked, an int passing for a float.  Before anything of opencloc is imported.
@@ -30,6 +31,8 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 from opencloc.model.processor import train_tokenizer  # noqa: E402
 
 disable_progress_bar()
+settings.register_profile("shared-machine", deadline=None)  # no test depends on how fast the machine is
+settings.load_profile("shared-machine")
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 

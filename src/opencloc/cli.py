@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 Config = TypeVar("Config")
 
@@ -103,14 +103,7 @@ def _label(arguments: list[str]) -> int:
     from opencloc.vesl.label_config import LabelConfig
     from opencloc.vesl.run import RunConfig, run_label
 
-    @dataclass(frozen=True, kw_only=True)
-    class Label:
-        """Make region-text labels for images: captions -> phrases -> detection -> one sidecar per shard."""
-
-        label: LabelConfig
-        run: RunConfig
-
-    parsed = _parse(Label, arguments, "label")
+    parsed = _parse(_group("Label", label=LabelConfig, run=RunConfig), arguments, "label")
     return run_label(parsed.label, parsed.run).exit_code
 
 
@@ -142,17 +135,16 @@ def _data_scenes(arguments: list[str]) -> None:
     from opencloc.data.scenes import SceneConfig, write_scenes
 
     @dataclass(frozen=True, kw_only=True)
-    class WriteScenes:
-        """Generated scenes as WebDataset shards."""
+    class Out:
+        """Where the tars go."""
 
         out: str
         """Folder for the tars."""
         num_images: int = 1000
         images_per_shard: int = 1000
-        scenes: SceneConfig = field(default_factory=SceneConfig)
 
-    config = _parse(WriteScenes, arguments, "data scenes")
-    for path in write_scenes(config.scenes, config.num_images, config.out, config.images_per_shard):
+    parsed = _parse(_group("WriteScenes", out=Out, scenes=SceneConfig), arguments, "data scenes")
+    for path in write_scenes(parsed.scenes, parsed.out.num_images, parsed.out.out, parsed.out.images_per_shard):
         print(path)
 
 
@@ -181,6 +173,14 @@ def _export(arguments: list[str]) -> None:
     print(config.out)
 
 
+def _group(name: str, **parts: type) -> Any:
+    """A class of several configurations, whose fields the command line takes without the parts' names."""
+    import tyro
+
+    fields = [(part, Annotated[kind, tyro.conf.arg(name="")]) for part, kind in parts.items()]
+    return make_dataclass(name, fields, kw_only=True)
+
+
 def _parse(kind: Callable[..., Config], arguments: list[str], verb: str, default: Any = None) -> Config:
     import tyro
 
@@ -188,10 +188,7 @@ def _parse(kind: Callable[..., Config], arguments: list[str], verb: str, default
         kind,
         args=arguments,
         prog=f"opencloc {verb}",
-        default=default if default is not None else tyro.MISSING_NONPROP,
-        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
-        if verb == "label"
-        else (tyro.conf.FlagConversionOff,),
+        default=tyro.MISSING_NONPROP if default is None else default,
     )
 
 

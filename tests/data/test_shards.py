@@ -233,6 +233,23 @@ def test_a_tar_cut_anywhere_keeps_its_whole_samples(tmp_path_factory, data: st.D
         assert len(keys) == len(items) == 4
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_damaged_headers_are_reported_not_raised(tmp_path_factory, data: st.DataObject) -> None:
+    path = tmp_path_factory.mktemp("damaged") / "0.tar"
+    damaged = bytearray(whole_tar(path))
+    start = data.draw(st.sampled_from([span[0] - 512 for span in index_shard(str(path)).spans[:, 0].tolist()]))
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.sampled_from([124, 125, 130, 156]) | st.integers(0, 511))  # size, kind, anything
+        damaged[start + place] = data.draw(st.sampled_from([0, 128, 255, ord("x"), ord("L")]) | st.integers(0, 255))
+    damaged[start + 148 : start + 156] = b" " * 8  # the checksum is made right again: only the content is wrong
+    damaged[start + 148 : start + 156] = b"%06o\0 " % sum(damaged[start : start + 512])
+    path.write_bytes(damaged)
+    items = list(iter_shard(str(path)))
+    assert items
+    assert sum(isinstance(item, Sample) for item in items) <= len(index_shard(str(path)).keys) <= 4
+
+
 def test_bytes_that_are_no_tar_are_reported_not_raised(tmp_path: Path) -> None:
     (tmp_path / "0.tar").write_bytes(b"<html>404</html>" * 100)
     (item,) = iter_shard(str(tmp_path / "0.tar"))

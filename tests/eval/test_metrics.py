@@ -113,7 +113,7 @@ def slow_rank(query: Tensor, gallery: list[Tensor], hits: set[int]) -> int:
 
 
 @given(seed=seeds, items=st.integers(1, 14), texts=st.integers(1, 14), extra=st.integers(0, 30), tied=st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_retrieval_equals_ranking_the_undeduplicated_lists(
     seed: int, items: int, texts: int, extra: int, tied: bool
 ) -> None:

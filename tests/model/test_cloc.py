@@ -135,7 +135,8 @@ def test_export_loads_as_the_classes_llava_and_ferret_use(
 
 def test_patches_of_siglip2_are_those_of_its_image_processor() -> None:
     square = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-    theirs = Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16)(images=Image.fromarray(square), return_tensors="pt")
+    processor = Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16)
+    theirs = processor(images=Image.fromarray(square), return_tensors="pt")
     ours = patchify(torch.from_numpy(square).permute(2, 0, 1)[None].float() / 127.5 - 1, 8)
     torch.testing.assert_close(theirs["pixel_values"], ours, atol=1e-5, rtol=0)
 

@@ -13,7 +13,7 @@ def slow_bilinear(channel: torch.Tensor, x: float, y: float) -> float:
     """Value at (x, y) in pixels, pixel centres at half-integers, the border repeated."""
     height, width = channel.shape
     x, y = min(max(x - 0.5, 0), width - 1), min(max(y - 0.5, 0), height - 1)
-    x0, y0 = int(math.floor(x)), int(math.floor(y))
+    x0, y0 = math.floor(x), math.floor(y)
     x1, y1 = min(x0 + 1, width - 1), min(y0 + 1, height - 1)
     fx, fy = x - x0, y - y0
     top = (1 - fx) * channel[y0, x0] + fx * channel[y0, x1]

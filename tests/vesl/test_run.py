@@ -205,6 +205,7 @@ def test_a_failed_shard_is_tried_again_after_the_others_a_bounded_number_of_time
     report, order = drive(plan, monkeypatch, tmp_path)
     assert order == ["a", "b", "c", "d", "a", "c", "a"]
     assert report.failed_shards == {"a": "gone for good"}
+    assert report.exit_code == 1
     assert len(report.reports) == 3
     assert not report.complete
     assert "a: gone for good" in format_report(report)
@@ -253,8 +254,7 @@ sys.path.insert(0, sys.argv[1])
 from opencloc.config import from_json
 from opencloc.vesl.label_config import LabelConfig
 from opencloc.vesl.run import RunConfig, run_label
-from opencloc.vesl.run_report import format_report
-print(format_report(run_label(from_json(LabelConfig, sys.argv[2], "argument"), RunConfig(workers=int(sys.argv[3])))))
+sys.exit(run_label(from_json(LabelConfig, sys.argv[2], "argument"), RunConfig(workers=int(sys.argv[3]))).exit_code)
 """
 
 
@@ -315,7 +315,7 @@ def test_ctrl_c_ends_a_run_with_workers_in_order(scenes, tmp_path, undisturbed) 
         wait_for_files(process, tmp_path, "*_stats.json", 1)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate()
-    assert process.returncode == 0
+    assert process.returncode == 130
     assert "Stopped: interrupted." in output
     assert "Traceback" not in output
     assert_no_half_files(tmp_path)

@@ -4,7 +4,8 @@ Owns the order.  Everything about position p of the stream (source, sample, capt
 (seed, p), so a run resumed at step k sees exactly the batches k, k + 1, ... of the uninterrupted run, with any number
 of workers.
 
-Symbols: B images, M regions per image, U distinct region texts of the batch, T text tokens, S side of the square.
+Symbols: B images, M regions per image, U distinct region texts of the batch, T tokens of a caption, W of a region text,
+S side of the square.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Batch:
     caption_ids: Int[Tensor, "B T"]
     boxes: Float[Tensor, "B M 4"]
     valid: Bool[Tensor, "B M"]  # False where the image has fewer than M regions
-    text_ids: Int[Tensor, "U T"]  # distinct region texts
+    text_ids: Int[Tensor, "U W"]  # distinct region texts
     text_index: Int[Tensor, "B M"]  # row of text_ids; 0 where not valid
     text_hash: Int[Tensor, "B M"]  # identity of the text across batches and processes
     skipped: Counter[str] = field(default_factory=Counter)  # samples that could not be used, by reason

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -71,6 +71,7 @@ class Sample:
                 raise BadSample("empty region text", self.key, f"box {box.tolist()}")
 
 
+@runtime_checkable
 class Source(Protocol):
     """Samples by number.  `source[i]` is a pure function of i: same number, same sample, in any process.
 

@@ -49,6 +49,8 @@ __all__ = [
 _KEY = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$")  # webdataset's base_plus_ext
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
+# What tarfile raises for damaged headers, whose sizes can be negative or larger than any memory.
+_TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, MemoryError)
 _SIDECARS_KEPT = 64  # per process; a sidecar of 10,000 samples takes some 20 MB
 
 
@@ -109,16 +111,22 @@ def _members(stream: io.BufferedIOBase, url: str) -> Iterator[_Member]:
     A member comes out before it is known whether the tar goes on to its end; the next one, or the end of the iteration,
     says so.  Raises `BadSample` ("not a tar", "truncated tar").
     """
+    length = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
     try:
         tar = tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="replace")  # noqa: SIM115
-    except tarfile.TarError as error:
+    except _TAR_ERRORS as error:
         raise BadSample("not a tar", url, str(error)) from error
     try:
         for info in tar:
             match = _KEY.match(info.name)
+            room = length - info.offset_data
             if match and info.isreg() and not info.issparse():
-                yield _Member(key=match[1], extension=match[2].lower(), offset=info.offset_data, size=info.size)
-    except tarfile.TarError as error:
+                size = max(0, min(info.size, room))
+                yield _Member(key=match[1], extension=match[2].lower(), offset=info.offset_data, size=size)
+            if not 0 <= info.size <= room:
+                raise tarfile.ReadError(f"{info.name} claims {info.size} bytes, {room} are there")
+    except _TAR_ERRORS as error:
         raise BadSample("truncated tar", url, str(error)) from error
     stream.seek(tar.offset)
     if stream.read(512) != bytes(512):

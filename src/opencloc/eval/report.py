@@ -229,7 +229,7 @@ def _data_url(image: Image.Image) -> str:
 
 
 def _headline(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """The columns of the first table: one score each, with its denominator and the chance of guessing."""
+    """The columns of the first table: one score each, with its denominator."""
     wanted = {
         ("region recognition", "top-1"): ("Region names", "top-1"),
         ("region recognition", "mAcc"): ("Region names", "mean over classes"),

@@ -7,8 +7,8 @@
 This file owns the model and its configuration; losses are in `opencloc.loss`, images and strings become tensors in
 `opencloc.model.processor`.  Boxes are normalised to the letterboxed square that the model sees.
 
-Symbols: B images, M regions (or P prompts) per image, U distinct region texts, N patches, T text tokens, D width of the
-vision tower, E width of the joint embedding, S side of the square in pixels.
+Symbols: B images, M regions (or P prompts) per image, U distinct region texts, N patches, T tokens of a caption, W of
+a region text, D width of the vision tower, E width of the joint embedding, S side of the square in pixels.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ class ClocModel(PreTrainedModel):
         pixels: Float[Tensor, "B 3 S S"],
         caption_ids: Int[Tensor, "B T"],
         boxes: Float[Tensor, "B M 4"] | None = None,
-        text_ids: Int[Tensor, "U T"] | None = None,
+        text_ids: Int[Tensor, "U W"] | None = None,
         text_index: Int[Tensor, "B M"] | None = None,
     ) -> ClocOutput:
         """Everything the losses need, from one pass of each tower.

@@ -58,7 +58,8 @@ class Predictor:
         """The image encoded, once for all prompts.  Raises ValueError naming a file that is no readable image."""
         if not isinstance(image, Image.Image):
             try:
-                image = Image.open(image).convert("RGB")
+                with Image.open(image) as file:
+                    image = file.convert("RGB")
             except (UnidentifiedImageError, SyntaxError, OSError) as error:
                 if isinstance(error, FileNotFoundError):
                     raise
@@ -117,9 +118,11 @@ class Predictor:
         size = self._size(image.letterbox, count)
         what = "box" if count == 4 else "point"
         for i, row in enumerate(values):
-            if len(row) != count or not np.isfinite(row).all() or (row < 0).any() or (row > size).any():
+            sound = len(row) == count and np.isfinite(row).all() and (row >= 0).all() and (row <= size).all()
+            if not sound or (count == 4 and (row[2:] <= row[:2]).any()):
                 raise ValueError(
-                    f"{what} {i} is {row.tolist()}: needs {count} numbers inside the image of "
+                    f"{what} {i} is {row.tolist()}: needs {count} numbers "
+                    f"{'with x0 < x1, y0 < y1 ' if count == 4 else ''}inside the image of "
                     f"{image.letterbox.width_px} x {image.letterbox.height_px} pixels"
                 )
         return image.letterbox.to_square(values / size).tolist()

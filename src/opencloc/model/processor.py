@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ PAD, EOS, BOS = "<pad>", "<end>", "<start>"
 class ClocProcessor(ProcessorMixin):
     """Letterbox and tokenizer.  `processor(images=..., text=...)` gives `pixels` and `input_ids`."""
 
+    @no_type_check  # transformers reads the argument names off this function, which a type checker would wrap
     def __init__(
         self,
         tokenizer: Any = None,

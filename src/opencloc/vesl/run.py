@@ -22,7 +22,7 @@ from opencloc.data import files
 from opencloc.data.sidecar import stats_path
 from opencloc.vesl.label import Progress, Shard, find_shards
 from opencloc.vesl.label_config import LabelConfig, manifest_path, write_manifests
-from opencloc.vesl.run_report import Display, RunReport
+from opencloc.vesl.run_report import INTERRUPTED, Display, RunReport, format_report
 from opencloc.vesl.workers import InProcess, Processes, RayActors, Workers
 
 FAILED_SHARDS_IN_A_ROW = 10  # attempts, with no success between: then it isn't the shards' fault
@@ -59,7 +59,7 @@ class RunConfig:
 
 
 def run_label(config: LabelConfig, run: RunConfig | None = None, *, console: Console | None = None) -> RunReport:
-    """Labels every shard of the input that isn't finished, and returns what happened.
+    """Labels every shard of the input that isn't finished, and returns what happened after printing it.
 
     Running again with the same configuration goes on where the last run ended, however it ended.  Ctrl-C ends the run
     between two files and is reported in `stopped`.  A shard that fails, or whose worker dies, is tried again up to
@@ -83,9 +83,10 @@ def run_label(config: LabelConfig, run: RunConfig | None = None, *, console: Con
             with display, _workers(config, run, display.progress) as workers:
                 _drive(workers, deque((shard, 1) for shard in pending), run.max_attempts, report, display)
         except KeyboardInterrupt:
-            report.stopped = "interrupted"
+            report.stopped = INTERRUPTED
         report.not_started = len(pending) - len(report.reports) - len(report.failed_shards)
     report.seconds = time.perf_counter() - start
+    console.print(format_report(report), markup=False, highlight=False, soft_wrap=True)
     return report
 
 

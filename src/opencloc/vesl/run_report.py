@@ -12,6 +12,7 @@ from rich.progress import Progress as Bar
 from opencloc.vesl.engine import NUM_EXAMPLES, Failures
 from opencloc.vesl.label import ShardReport
 
+INTERRUPTED = "interrupted"
 LINE_EVERY_S = 30.0  # where the output is no terminal
 
 
@@ -33,6 +34,11 @@ class RunReport:
     def complete(self) -> bool:
         """Whether every shard has labels now; single images may have an error instead."""
         return self.stopped is None and not self.failed_shards
+
+    @property
+    def exit_code(self) -> int:
+        """Exit status of the command: 0 complete, 130 interrupted, 1 if shards are left without labels."""
+        return 0 if self.complete else 130 if self.stopped == INTERRUPTED else 1
 
     def failures(self) -> dict[str, Failures]:
         """What went wrong with single images and members, by reason, over all shards finished in this run."""

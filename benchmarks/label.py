@@ -1,0 +1,238 @@
+"""What labelling costs: the engine around the models, the models, one worker against two, cached text embeddings.
+
+    python benchmarks/label.py --data ../shared/data --yolox ../shared/models/yolox_nano.onnx --out results/label
+
+Prints Markdown and writes it to OUT/label.md, with the figures in OUT/label.json.  Photos and captions are coco740's.
+OWLv2 is measured with random weights of the B/16 sizes: speed doesn't depend on their values.
+
+CPU seconds are those of the process with all its threads; they don't grow when other programs compete for the cores,
+wall times do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from transformers import CLIPTokenizer, Owlv2Config, Owlv2ForObjectDetection
+from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
+
+from opencloc.data.coco import Coco, CocoConfig
+from opencloc.data.shards import ShardWriter, iter_shard
+from opencloc.data.sidecar import read_sidecar, write_sidecar
+from opencloc.vesl.detect import Detections
+from opencloc.vesl.filters import FilterConfig, filter_detections
+from opencloc.vesl.label import find_shards, label_shard, load_engine, versions
+from opencloc.vesl.label_config import LabelConfig
+from opencloc.vesl.owl import OwlDetector, TextCache
+from opencloc.vesl.phrases import extract_phrases, ngram_phrases
+from opencloc.vesl.run import RunConfig, run_label
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for examples/, in the workers too
+DETECTIONS = 40  # per image, what an open-vocabulary detector leaves above the threshold
+RESOLUTION = 448
+
+
+def constant_detector():
+    """A detector that costs nothing: the same boxes for every image, one phrase after the other."""
+    rng = np.random.default_rng(0)
+    corner = rng.uniform(0, 0.7, (DETECTIONS, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(0.05, 0.3, (DETECTIONS, 2))], axis=1)
+    scores = rng.uniform(0.1, 1, DETECTIONS)
+
+    def detect(images: Sequence[Image.Image], phrases: Sequence[Sequence[str]]) -> list[Detections]:
+        return [
+            Detections(boxes=boxes, scores=scores, phrase=np.arange(DETECTIONS) % len(own)) for own in phrases
+        ]
+
+    return detect
+
+
+def make_shards(data: Path, folder: Path, num_shards: int, images_per_shard: int) -> list[str]:
+    """Tars of coco740's photos, as img2dataset would have stored them, repeated if there are too few."""
+    photos = Coco(str(data / "coco740"), CocoConfig(split="train"))
+    with ShardWriter(str(folder), samples_per_shard=images_per_shard) as writer:
+        for number in range(num_shards * images_per_shard):
+            sample = dataclasses.replace(photos[number % photos.size], boxes=np.zeros((0, 4)), texts=())
+            writer.write(dataclasses.replace(sample, key=f"{number:06d}"), photos.image_bytes(number % photos.size))
+    return writer.paths
+
+
+def per_call_ms(function: Callable[[Any], object], arguments: Sequence[Any]) -> float:
+    """CPU milliseconds per call, over one pass."""
+    start = time.process_time()
+    for argument in arguments:
+        function(argument)
+    return 1e3 * (time.process_time() - start) / len(arguments)
+
+
+def engine_cost(shard: str, folder: Path) -> dict[str, float]:
+    """CPU milliseconds per image of everything but the models, in all and by step."""
+    config = LabelConfig(
+        data=(shard,),
+        output=str(folder / "engine"),
+        detector="benchmarks.label:constant_detector",
+        captions=dataclasses.replace(LabelConfig(data=("-",)).captions, existing_text="all-captions"),
+    )
+    (unit,) = find_shards(config)
+    engine = load_engine(config)
+    label_shard(config, unit, engine=engine)  # warms caches up
+    start = time.process_time()
+    report = label_shard(config, unit, engine=engine)
+    total_ms = 1e3 * (time.process_time() - start) / report.images
+
+    samples = [item for item in iter_shard(shard) if not isinstance(item, Exception)]
+    captions = ["\n".join(sample.captions) for sample in samples]
+    phrases = [own for caption in captions if (own := extract_phrases(caption))]
+    found = [engine.detector([samples[0].image], [own])[0] for own in phrases]
+    rows = list(read_sidecar(unit.sidecar).values())
+    return {
+        "total": total_ms,
+        "read and decode": per_call_ms(lambda url: list(iter_shard(url, 1024)), [shard]) / len(samples),
+        "phrases": per_call_ms(extract_phrases, captions),
+        "filters": per_call_ms(
+            lambda pair: filter_detections(*pair, FilterConfig()), list(zip(found, phrases, strict=True))
+        ),
+        "sidecar": per_call_ms(lambda part: write_sidecar(str(folder / "x.parquet"), part, {}), [rows]) / len(rows),
+    }
+
+
+def save_owlv2(folder: Path) -> Path:
+    """A random OWLv2 of the B/16 checkpoints' sizes, with a character tokenizer (texts are padded to 16 tokens)."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789-'"
+    tokens = ["!", *letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    CLIPTokenizer(vocab=vocab, merges=[], pad_token="!", model_max_length=16).save_pretrained(folder)
+    config = Owlv2Config(text_config={"vocab_size": 49408}, vision_config={"image_size": 960, "patch_size": 16})
+    Owlv2ForObjectDetection(config).save_pretrained(folder)
+    Owlv2ImageProcessorPil().save_pretrained(folder)
+    return folder
+
+
+def detector_costs(shard: str, owlv2: Path, yolox: str | None, num_images: int) -> dict[str, float]:
+    """CPU milliseconds per image of detectors, their own preparation of the images included."""
+    samples = [item for item in iter_shard(shard) if not isinstance(item, Exception)][:num_images]
+    images = [sample.image for sample in samples]
+    phrases = [extract_phrases("\n".join(sample.captions)) for sample in samples]
+    costs = {}
+    if yolox:
+        detector: Any = load_engine(LabelConfig(data=(shard,), detector=yolox)).detector
+        costs["YOLOX nano, 416 px, ONNX Runtime"] = per_call_ms(
+            lambda i: detector(images[i : i + 1], phrases[i : i + 1]), range(len(images))
+        )
+    for dtype in ("fp32", "bf16"):
+        detector = OwlDetector(
+            str(owlv2), resolution=RESOLUTION, dtype=dtype, device=torch.device("cpu"), score_threshold=0.1
+        )
+        few = range(0, min(8, len(images)), 4)
+        detector(images[:1], phrases[:1])
+        costs[f"OWLv2 B/16, {RESOLUTION} px, {dtype}, batches of 4"] = (
+            per_call_ms(lambda i, run=detector: run(images[i : i + 4], phrases[i : i + 4]), few) / 4
+        )
+    return costs
+
+
+def text_cache(shard: str, owlv2: Path, num_images: int) -> list[dict[str, Any]]:
+    """CPU milliseconds per image for OWLv2's phrase embeddings with and without the cache, batches of 16 images."""
+    samples = [item for item in iter_shard(shard) if not isinstance(item, Exception)][:num_images]
+    detector = OwlDetector(
+        str(owlv2), resolution=RESOLUTION, dtype="fp32", device=torch.device("cpu"), score_threshold=0.1
+    )
+    rows = []
+    for name, extract in (("noun phrases", extract_phrases), ("n-grams", ngram_phrases)):
+        own = [extract(sample.captions[0]) for sample in samples]
+        batches = [own[i : i + 16] for i in range(0, len(own), 16)]
+        row: dict[str, Any] = {"phrases": name, "per image": sum(map(len, own)) / len(own)}
+        for label, size in (("cached", 32_768), ("uncached", 0)):
+            detector.text_cache = cache = TextCache(detector._embed, size)
+            with torch.inference_mode():
+                row[f"{label} ms"] = per_call_ms(detector._queries, batches) * len(batches) / len(own)
+            if size:
+                row["found in the cache"] = cache.hits / (cache.hits + cache.misses)
+        rows.append(row)
+    return rows
+
+
+def scaling(tars: Sequence[str], folder: Path, detector: str) -> list[dict[str, float]]:
+    """Images per second of whole runs with 1 and 2 local workers.
+
+    `running` counts the time in which workers label, `wall` also starting them and loading their models.
+    """
+    rows = []
+    for workers in (1, 2):
+        config = LabelConfig(data=tuple(tars), output=str(folder / f"workers{workers}"), detector=detector)
+        report = run_label(config, RunConfig(workers=workers), console=Console(file=StringIO()))
+        if not report.complete:
+            raise RuntimeError(f"the run with {workers} workers failed: {report.stopped or report.failed_shards}")
+        busy = sum(one.seconds["total"] for one in report.reports)
+        rows.append(
+            {
+                "workers": workers,
+                "running": workers * report.images / busy,
+                "wall": report.images / report.seconds,
+            }
+        )
+    return rows
+
+
+def table(title: str, rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of equal dictionaries."""
+    lines = [f"## {title}", "", "| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
+    for row in rows:
+        lines.append("| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with coco740/")
+    parser.add_argument("--yolox", default="../shared/models/yolox_nano.onnx", help="ONNX file; empty: leave it out")
+    parser.add_argument("--images", type=int, default=256, help="images per shard; 4 shards are made")
+    parser.add_argument("--out", type=Path, default=Path("results/label"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    yolox = f"examples.yolox_detector:factory?model={Path(arguments.yolox).resolve()}" if arguments.yolox else None
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        tars = make_shards(arguments.data, folder / "tars", 4, arguments.images)
+        owlv2 = save_owlv2(folder / "owlv2")
+        figures: dict[str, Any] = {
+            "hardware": f"{platform.processor() or platform.machine()}, torch threads: {torch.get_num_threads()}",
+            "versions": versions(),
+            "images": arguments.images,
+            "engine_cpu_ms": engine_cost(tars[0], folder),
+            "detector_cpu_ms": detector_costs(tars[0], owlv2, yolox, 64),
+            "text_embeddings": text_cache(tars[0], owlv2, min(128, arguments.images)),
+            "scaling": scaling(tars, folder, yolox or "benchmarks.label:constant_detector"),
+        }
+    parts = [
+        "# Labelling",
+        "",
+        f"{figures['hardware']}; {arguments.images} photos of coco740 per shard (short side 256 px).",
+        "",
+        table("Engine, CPU ms per image", [{"step": k, "ms": v} for k, v in figures["engine_cpu_ms"].items()]),
+        table("Detectors, CPU ms per image", [{"detector": k, "ms": v} for k, v in figures["detector_cpu_ms"].items()]),
+        table("OWLv2 B/16 text embeddings, CPU ms per image", figures["text_embeddings"]),
+        table("Local workers, images per second", figures["scaling"]),
+    ]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "label.md").write_text("\n".join(parts))
+    (arguments.out / "label.json").write_text(json.dumps(figures, indent=2) + "\n")
+    print("\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()

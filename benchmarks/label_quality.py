@@ -1,0 +1,123 @@
+"""How good labels are, against human boxes: precision and recall of sidecars on coco740.
+
+    python benchmarks/label_quality.py --data "coco:../shared/data/coco740?split=train" \
+        --labels nouns=runs/vesl/nouns/vesl n-grams=runs/vesl/n-grams/vesl --out results/vesl
+
+The rule, per image: regions, best score first, each take the free human box that they overlap most, if by an IoU of at
+least 0.5.  Precision is the share of regions that got a box, recall the share of boxes that were taken.  `box` counts
+any box; `box and text` only boxes whose class the region text stands for (by its last words, see
+examples/yolox_detector.py).  `named` recall leaves out boxes whose class no phrase of the image's caption stands for:
+no detector that is asked for phrases could find them.  Crowd annotations are left out, as everywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from opencloc.boxes import pairwise_iou
+from opencloc.data.coco import Coco
+from opencloc.data.sidecar import SidecarRow, read_labels
+from opencloc.data.source import open_source
+from opencloc.vesl.phrases import extract_phrases
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for examples/
+from examples.yolox_detector import COCO_CLASSES, class_of_phrase
+
+MIN_IOU = 0.5
+
+
+def match(boxes: np.ndarray, allowed: np.ndarray, human: np.ndarray) -> np.ndarray:
+    """(R,) number of the human box that each region takes, or -1; regions (R, 4) come best first.
+
+    `allowed` (R, H): which pairs may match.
+    """
+    overlap = pairwise_iou(torch.from_numpy(boxes), torch.from_numpy(human)).numpy() * allowed
+    taken = np.full(len(boxes), -1)
+    free = np.ones(len(human), dtype=bool)
+    for region in range(len(boxes)):
+        if len(human) and (best := overlap[region] * free).max() >= MIN_IOU:
+            taken[region] = best.argmax()
+            free[taken[region]] = False
+    return taken
+
+
+def quality(photos: Coco, labels: dict[str, SidecarRow]) -> dict[str, float]:
+    """Precision and recall of labels, and what they are like."""
+    counts = dict.fromkeys(("regions", "boxes", "named", "box", "box and text", "named and found"), 0)
+    words = failed = 0
+    for index in range(photos.size):
+        sample = photos[index]
+        row = labels[sample.key]
+        failed += row.error is not None
+        human = np.array([COCO_CLASSES.index(text) for text in sample.texts], dtype=int)
+        order = np.argsort(-row.scores, kind="stable")
+        own = np.array([_class_number(row.texts[i]) for i in order], dtype=int)
+        same = own[:, None] == human[None]
+        named = np.isin(human, [_class_number(phrase) for phrase in extract_phrases(row.caption or "", 1000)])
+        right = match(row.boxes[order], same, sample.boxes)
+        counts["regions"] += len(own)
+        counts["boxes"] += len(human)
+        counts["named"] += int(named.sum())
+        counts["box"] += int((match(row.boxes[order], np.ones_like(same), sample.boxes) >= 0).sum())
+        counts["box and text"] += int((right >= 0).sum())
+        counts["named and found"] += int(named[right[right >= 0]].sum())
+        words += sum(len(text.split()) for text in row.texts)
+    return {
+        "images": photos.size,
+        "failed": failed,
+        "regions": counts["regions"],
+        "regions per image": counts["regions"] / photos.size,
+        "words per text": words / max(1, counts["regions"]),
+        "precision (box)": counts["box"] / max(1, counts["regions"]),
+        "recall (box)": counts["box"] / counts["boxes"],
+        "precision (box and text)": counts["box and text"] / max(1, counts["regions"]),
+        "recall (box and text)": counts["box and text"] / counts["boxes"],
+        "recall (named)": counts["named and found"] / max(1, counts["named"]),
+        "human boxes": counts["boxes"],
+        "human boxes named": counts["named"],
+    }
+
+
+def _class_number(text: str) -> int:
+    found = class_of_phrase(text)
+    return -1 if found is None else found
+
+
+def markdown(rows: Sequence[dict[str, float | str]]) -> str:
+    """The table with one column per labels."""
+    lines = ["| | " + " | ".join(str(row["labels"]) for row in rows) + " |", "|" + " --- |" * (len(rows) + 1)]
+    for name in rows[0]:
+        if name != "labels":
+            values = (row[name] for row in rows)
+            lines.append(f"| {name} | " + " | ".join(f"{v:.3f}" if isinstance(v, float) else f"{v:,}" for v in values) + " |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--data", required=True, help="source with the human boxes, as coco:DIR?split=train")
+    parser.add_argument("--labels", nargs="+", required=True, help="TITLE=FOLDER/NAME of sidecars")
+    parser.add_argument("--out", type=Path, required=True, help="folder for quality.md and quality.json")
+    arguments = parser.parse_args()
+    photos = open_source(arguments.data)
+    if not isinstance(photos, Coco):
+        raise SystemExit(f"{arguments.data} is no coco: source")
+    rows = []
+    for entry in arguments.labels:
+        title, _, name = entry.partition("=")
+        rows.append({"labels": title, **quality(photos, read_labels(photos.instances_path, name))})
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "quality.md").write_text(markdown(rows))
+    (arguments.out / "quality.json").write_text(json.dumps(rows, indent=2) + "\n")
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Evaluation: encoders, metrics, tasks, reports."""

@@ -1,0 +1,226 @@
+"""The loop: resume, gradient caching, baseline, stopping, folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from opencloc.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, from_json, to_json
+from opencloc.data.loader import TrainingExamples, training_batches
+from opencloc.data.source import open_source
+from opencloc.presets import PRESETS
+from opencloc.train.build import build_model
+from opencloc.train.checkpoint import list_checkpoints
+from opencloc.train.loop import backward, train
+from opencloc.train.optim import learning_rate, make_optimizer
+
+
+def config(out: Path, **changes: object) -> TrainConfig:
+    """A run of seconds: 6 steps of 8 scenes at 32 px."""
+    base = TrainConfig(
+        out=str(out),
+        model=ModelConfig(
+            image_size=32,
+            patch_size=8,
+            vision_width=32,
+            vision_layers=1,
+            vision_heads=2,
+            text_width=32,
+            text_layers=1,
+            text_heads=2,
+            text_length=32,
+            embed_dim=16,
+            vocab_size=400,
+        ),
+        data=DataConfig(train=("scenes:easy",), num_workers=0),
+        optim=OptimConfig(lr=1e-3, warmup_steps=2),
+        steps=6,
+        batch_size=8,
+        checkpoint_every=2,
+        log_every=1,
+        precision="fp32",
+        device="cpu",
+    )
+    return replace(base, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+    whole = train(config(tmp_path / "whole", keep_checkpoints=3))
+    # the same run cut off after step 2: as if killed before it could write anything newer
+    cut = tmp_path / "cut"
+    train(config(cut, keep_checkpoints=3))
+    for checkpoint in list_checkpoints(cut / "checkpoints")[1:]:
+        for file in checkpoint.iterdir():
+            file.unlink()
+        checkpoint.rmdir()
+    assert [c.name for c in list_checkpoints(cut / "checkpoints")] == ["step_0000002"]
+    resumed = train(config(cut, keep_checkpoints=3))
+    assert equal(weights(whole), weights(resumed))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        last = "checkpoints/step_0000006"
+        assert equal(load_file(tmp_path / "whole" / last / name), load_file(cut / last / name))
+
+
+def test_killed_run_resumes_to_the_same_model(tmp_path: Path) -> None:
+    """kill -9 in mid-run, in a process of its own."""
+    whole, killed = config(tmp_path / "whole", steps=30), config(tmp_path / "killed", steps=30)
+    (tmp_path / "config.json").write_text(to_json(killed))
+    command = [sys.executable, "-m", "opencloc", "train", str(tmp_path / "config.json")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not list_checkpoints(Path(killed.out) / "checkpoints") and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert list_checkpoints(Path(killed.out) / "checkpoints")
+    resumed = subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, check=False)
+    assert resumed.returncode == 0
+    assert equal(weights(train(whole)), weights(Path(killed.out) / "model"))
+    assert not list((Path(killed.out) / "checkpoints").glob(".*"))
+
+
+def test_interrupt_saves_a_checkpoint_and_says_how_to_go_on(tmp_path: Path) -> None:
+    long = config(tmp_path / "run", steps=100_000, checkpoint_every=100_000)
+    (tmp_path / "config.json").write_text(to_json(long))
+    command = [sys.executable, "-m", "opencloc", "train", str(tmp_path / "config.json")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.time() + 120
+    while not (log.exists() and log.read_text()) and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command again to go on" in errors
+    (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert json.loads((checkpoint / "train_state.json").read_text())["step"] > 0
+
+
+@pytest.mark.parametrize("region_weight", [0.0, 1.0])
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 6])
+def test_micro_batches_give_the_gradients_of_the_whole_batch(
+    tmp_path: Path, micro_batch_size: int, region_weight: float
+) -> None:
+    run = config(tmp_path, data=DataConfig(train=("scenes:rich?min_objects=1&missing_region=0.4",), num_workers=0))
+    source = open_source(run.data.train[0], image_px=32)
+    model, processor = build_model(run, [source], None)
+    model.double()
+    examples = TrainingExamples([source], (), num_regions=3, image_size=32, seed=0)
+    (batch,) = training_batches(examples, processor, batch_size=6, start=0, stop=1, num_workers=0)
+    batch = replace(batch, pixels=batch.pixels.double(), boxes=batch.boxes.double(), skipped=Counter())
+    loss = LossConfig(region_weight=region_weight)
+    whole, _ = backward(model, batch, loss, None)
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    cached, _ = backward(model, batch, loss, micro_batch_size)
+    torch.testing.assert_close(cached.total, whole.total)
+    got = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert got.keys() == expected.keys()
+    for name in expected:
+        # embeddings are normalised in float32
+        torch.testing.assert_close(got[name], expected[name], atol=2e-6, rtol=1e-4, msg=name)
+
+
+def test_loss_falls_and_the_log_says_so(tmp_path: Path) -> None:
+    train(config(tmp_path, steps=40, batch_size=16, checkpoint_every=40))
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == list(range(1, 41))
+    assert log[-1]["total"] < 0.9 * log[0]["total"]
+    assert {"image_text", "region_text", "grounding", "logit_scale", "region_logit_scale", "grad_norm"} <= set(log[0])
+    assert {"images_per_s", "data_wait", "lr", "skipped"} <= set(log[0])
+
+
+def test_clip_baseline_trains_no_region_part(tmp_path: Path) -> None:
+    run = config(tmp_path, loss=LossConfig(region_weight=0.0), steps=2)
+    source = open_source(run.data.train[0], image_px=32)
+    before, _ = build_model(run, [source], None)
+    after = weights(train(run))
+    for name, value in before.state_dict().items():
+        if not name.startswith("clip."):
+            assert torch.equal(value, after[name]), name
+    assert "region_text" not in json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+
+
+def test_another_configuration_in_the_same_folder_is_refused_by_field(tmp_path: Path) -> None:
+    train(config(tmp_path, steps=1))
+    with pytest.raises(ValueError, match=r"another configuration.*\n.*optim.lr: 0.001 there, 0.5 asked for"):
+        train(config(tmp_path, steps=1, optim=OptimConfig(lr=0.5, warmup_steps=2)))
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
+    train(config(tmp_path, keep_checkpoints=1))
+    assert [c.name for c in list_checkpoints(tmp_path / "checkpoints")] == ["step_0000006"]
+
+
+def test_a_run_starts_from_a_cloc_and_from_a_clip_checkpoint(tmp_path: Path) -> None:
+    first = train(config(tmp_path / "first", steps=1))
+    model = replace(config(tmp_path).model, init_from=str(first))
+    assert train(config(tmp_path / "second", steps=1, model=model)).is_dir()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"lower optim\.lr"):
+        train(config(tmp_path, optim=OptimConfig(lr=1e30, warmup_steps=0), steps=20))
+
+
+def test_learning_rate_warms_up_then_falls_to_zero() -> None:
+    optim = OptimConfig(lr=1.0, warmup_steps=10)
+    rates = [learning_rate(step, 110, optim) for step in range(111)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.5)
+    assert rates[110] == pytest.approx(0)
+    assert all(a >= b for a, b in pairwise(rates[10:]))
+
+
+def test_weight_decay_spares_vectors_scales_and_positions(tmp_path: Path) -> None:
+    run = config(tmp_path)
+    model, _ = build_model(run, [open_source(run.data.train[0], image_px=32)], None)
+    decayed, plain = make_optimizer(model, run.optim).param_groups
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert plain["weight_decay"] == 0
+    assert all(p.ndim >= 2 and "position" not in names[id(p)] for p in decayed["params"])
+    assert {names[id(p)] for p in plain["params"]} >= {"clip.logit_scale", "region_logit_scale"}
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_survive_json(name: str) -> None:
+    preset = PRESETS[name]()
+    assert from_json(TrainConfig, to_json(preset), "x.json") == preset
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"stepz": 3}', "stepz"),
+        ('{"steps": "3"}', "steps"),
+        ('{"steps": 0}', "steps must be >= 1, got 0"),
+        ('{"model": {"image_size": 30, "patch_size": 8}}', "multiple of model.patch_size"),
+        ("{", "run.json"),
+    ],
+)
+def test_bad_configurations_name_file_and_field(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=r"^run\.json") as error:
+        from_json(TrainConfig, text, "run.json")
+    assert message in str(error.value)
