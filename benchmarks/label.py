@@ -54,9 +54,7 @@ def constant_detector():
     scores = rng.uniform(0.1, 1, DETECTIONS)
 
     def detect(images: Sequence[Image.Image], phrases: Sequence[Sequence[str]]) -> list[Detections]:
-        return [
-            Detections(boxes=boxes, scores=scores, phrase=np.arange(DETECTIONS) % len(own)) for own in phrases
-        ]
+        return [Detections(boxes=boxes, scores=scores, phrase=np.arange(DETECTIONS) % len(own)) for own in phrases]
 
     return detect
 

@@ -17,6 +17,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,13 +91,13 @@ def _class_number(text: str) -> int:
     return -1 if found is None else found
 
 
-def markdown(rows: Sequence[dict[str, float | str]]) -> str:
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table with one column per labels."""
     lines = ["| | " + " | ".join(str(row["labels"]) for row in rows) + " |", "|" + " --- |" * (len(rows) + 1)]
     for name in rows[0]:
         if name != "labels":
-            values = (row[name] for row in rows)
-            lines.append(f"| {name} | " + " | ".join(f"{v:.3f}" if isinstance(v, float) else f"{v:,}" for v in values) + " |")
+            shown = (f"{row[name]:.3f}" if isinstance(row[name], float) else f"{row[name]:,}" for row in rows)
+            lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join([*lines, ""])
 
 
@@ -109,7 +110,7 @@ def main() -> None:
     photos = open_source(arguments.data)
     if not isinstance(photos, Coco):
         raise SystemExit(f"{arguments.data} is no coco: source")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for entry in arguments.labels:
         title, _, name = entry.partition("=")
         rows.append({"labels": title, **quality(photos, read_labels(photos.instances_path, name))})

@@ -4,6 +4,7 @@
 # Extra arguments go to both trainings, e.g. --steps 200.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source recipes/facts.sh
 out=${OUT:-runs/quickstart}
 opencloc=.venv/bin/opencloc
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -15,4 +16,5 @@ wait %1
 trap - INT TERM
 $opencloc eval --data "scenes:rich?num_things=120&seed=1" --num-images 256 --out "$out" --title "opencloc quickstart" \
     --model "cloc=$out/cloc/model" "clip_crop=$out/clip/model@crop" "clip_roi=$out/clip/model@roi"
+facts recipes/quickstart.sh "$@" >"$out/run.txt"
 echo "wrote $out/metrics.json and $out/report.html"

@@ -25,7 +25,7 @@ def test_make_targets_recipes_and_benchmarks_exist(page: Path) -> None:
     text = page.read_text()
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"`make ([a-z]+)`", text)) <= targets
-    for path in re.findall(r"\b((?:recipes|benchmarks|examples|results)/[\w./-]*\w)", text):
+    for path in re.findall(r"(?<![\w/])((?:recipes|benchmarks|examples|results)/[\w./-]*\w)", text):
         assert (ROOT / path).exists(), f"{page.name} names {path}"
 
 

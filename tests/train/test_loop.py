@@ -26,6 +26,9 @@ from opencloc.train.checkpoint import list_checkpoints
 from opencloc.train.loop import backward, train
 from opencloc.train.optim import learning_rate, make_optimizer
 
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+PATIENCE_S = 300  # for a process to start on a busy machine
+
 
 def config(out: Path, **changes: object) -> TrainConfig:
     """A run of seconds: 6 steps of 8 scenes at 32 px."""
@@ -86,15 +89,14 @@ def test_killed_run_resumes_to_the_same_model(tmp_path: Path) -> None:
     whole, killed = config(tmp_path / "whole", steps=30), config(tmp_path / "killed", steps=30)
     (tmp_path / "config.json").write_text(to_json(killed))
     command = [sys.executable, "-m", "opencloc", "train", str(tmp_path / "config.json")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
+    process = subprocess.Popen(command, env=ONE_THREAD, stderr=subprocess.DEVNULL)
+    deadline = time.time() + PATIENCE_S
     while not list_checkpoints(Path(killed.out) / "checkpoints") and time.time() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert list_checkpoints(Path(killed.out) / "checkpoints")
-    resumed = subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, check=False)
+    resumed = subprocess.run(command, env=ONE_THREAD, stderr=subprocess.DEVNULL, check=False)
     assert resumed.returncode == 0
     assert equal(weights(train(whole)), weights(Path(killed.out) / "model"))
     assert not list((Path(killed.out) / "checkpoints").glob(".*"))
@@ -104,13 +106,13 @@ def test_interrupt_saves_a_checkpoint_and_says_how_to_go_on(tmp_path: Path) -> N
     long = config(tmp_path / "run", steps=100_000, checkpoint_every=100_000)
     (tmp_path / "config.json").write_text(to_json(long))
     command = [sys.executable, "-m", "opencloc", "train", str(tmp_path / "config.json")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=ONE_THREAD, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run" / "log.jsonl"
-    deadline = time.time() + 120
+    deadline = time.time() + PATIENCE_S
     while not (log.exists() and log.read_text()) and time.time() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     assert "run the same command again to go on" in errors
     (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")

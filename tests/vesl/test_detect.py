@@ -303,4 +303,4 @@ def test_a_checkpoint_of_another_kind_is_refused_with_what_is_supported(tmp_path
 def test_the_owl_detector_names_its_checkpoint(owl_path: str) -> None:
     detector = load(owl_path)
     assert isinstance(detector, OwlDetector)
-    assert detector.model_id == owl_path
+    assert detector.model_id == f"{owl_path}, 96 px, fp32"

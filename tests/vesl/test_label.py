@@ -55,10 +55,6 @@ def labels(config: LabelConfig) -> dict:
     return {key: row for shard in find_shards(config) for key, row in read_sidecar(shard.sidecar).items()}
 
 
-def labels_of_first(config: LabelConfig) -> dict:
-    return read_sidecar(find_shards(config)[0].sidecar)
-
-
 def samples_of(scenes: str) -> list[Sample]:
     return [item for url in expand_urls(scenes) for item in iter_shard(url) if isinstance(item, Sample)]
 
@@ -171,16 +167,22 @@ def test_a_users_detector_that_answers_for_too_few_images_is_asked_one_by_one(sc
     assert batches == [4, 1, 1, 1, 1]
 
 
-def test_a_users_detector_that_names_phrases_nobody_asked_for_is_an_error_in_the_rows(scenes, tmp_path) -> None:
-    def detector(images, phrases):
-        wrong = Detections(boxes=np.array([[0, 0, 1, 1]]), scores=np.array([0.5]), phrase=np.array([99]))
-        return [wrong] * len(images)
-
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (
+            Detections(boxes=np.array([[0, 0, 1, 1]]), scores=np.array([0.5]), phrase=np.array([99])),
+            "detector failed (ValueError): the detector returned phrase numbers 99 to 99 for",
+        ),
+        ([0, 0, 1, 1], "detector failed (TypeError): the detector returned list instead of Detections"),
+    ],
+)
+def test_a_users_detector_that_breaks_the_protocol_is_an_error_in_the_rows(scenes, tmp_path, answer, error) -> None:
     config = configure(scenes, tmp_path)
-    engine = dataclasses.replace(load_engine(config), detector=detector)
-    report = label_shard(config, find_shards(config)[0], engine=engine)
-    assert report.failed["detector failed (ValueError)"].count == 4
-    assert "phrase numbers 99 to 99" in next(iter(labels_of_first(config).values())).error
+    engine = dataclasses.replace(load_engine(config), detector=lambda images, phrases: [answer] * len(images))
+    shard = find_shards(config)[0]
+    assert sum(one.count for one in label_shard(config, shard, engine=engine).failed.values()) == 4
+    assert all(row.error.startswith(error) for row in read_sidecar(shard.sidecar).values())
 
 
 # Broken input
@@ -378,7 +380,7 @@ def test_a_checkpoint_labels_a_shard(scenes: str, tmp_path: Path, save) -> None:
     report = label_shard(config, shard)
     rows = read_sidecar(shard.sidecar)
     assert not report.failed
-    assert report.models["detector"] == str(path)
+    assert report.models["detector"] == f"{path}, 96 px, fp32"
     for row in rows.values():
         assert row.caption is not None
         assert set(row.texts) <= set(extract_phrases(row.caption))
@@ -451,7 +453,7 @@ def test_the_manifest_refuses_labels_of_another_recipe_and_says_what_differs(sce
     write_manifests(configure(scenes, tmp_path, name="other", dtype="fp32"), [str(tmp_path)])
     with pytest.raises(ValueError, match=r"another configuration") as caught:
         write_manifests(configure(scenes, tmp_path, filters=FilterConfig(score=0.3), dtype="fp32"), [str(tmp_path)])
-    assert "dtype: 'bf16' there, 'fp32' now" in str(caught.value)
+    assert "dtype: 'auto' there, 'fp32' now" in str(caught.value)
     assert "filters.score: 0.1 there, 0.3 now" in str(caught.value)
 
 

@@ -172,7 +172,7 @@ class Scenes:
     """An endless `Source` of generated scenes.
 
     A box is the exact extent of what is drawn (the outermost pixels that are not fully transparent), also where another
-    thing covers a corner of it: at most a few per cent.
+    thing covers a little of it.
     """
 
     size: int | None = None

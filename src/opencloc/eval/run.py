@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import torch
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from opencloc.data.sample import Sample, class_names
 from opencloc.data.source import open_source, take
@@ -69,6 +70,7 @@ def parse_model(spec: str) -> tuple[str | None, str, RegionWay]:
 def run_eval(config: EvalConfig, console: Console | None = None) -> list[Evaluation]:
     """The evaluations, after printing them as Markdown and writing `config.out`."""
     console = console or Console(stderr=True)
+    disable_progress_bar()  # transformers' own, one for every model
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     samples, unusable = take(open_source(config.data), config.num_images)
     if not samples:

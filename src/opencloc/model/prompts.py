@@ -154,7 +154,7 @@ class PromptEncoder(nn.Module):
 
     def basis(self, xy: Float[Tensor, "*S 2"]) -> Float[Tensor, "*S D"]:
         """Position basis shared by prompts and patches."""
-        return sinusoidal(xy, self.width, max(self.grid) / 2)
+        return sinusoidal(xy, self.width, max(self.grid) / 2).to(self.corner_kind.dtype)
 
     def boxes(self, boxes: Float[Tensor, "B P 4"]) -> PromptBatch:
         """Box prompts.  Values are not checked: the training loop must not wait for the device."""
@@ -166,7 +166,8 @@ class PromptEncoder(nn.Module):
     def texts(self, embeddings: Float[Tensor, "B P E"]) -> PromptBatch:
         """Text prompts, from L2-normalised embeddings f_T(y)."""
         batch, count, embed_dim = embeddings.shape
-        tokens = (self.text_projection(embeddings * embed_dim**0.5) + self.text_kind)[:, :, None]
+        scaled = (embeddings * embed_dim**0.5).to(self.text_kind.dtype)
+        tokens = (self.text_projection(scaled) + self.text_kind)[:, :, None]
         penalty = torch.zeros(batch, count, 1, self.grid[0] * self.grid[1], device=tokens.device)
         whole = penalty.new_tensor([0.0, 0.0, 1.0, 1.0]).expand(batch, count, 4)
         return PromptBatch(tokens=tokens, penalty=penalty, valid=_all_valid(tokens), boxes=whole)

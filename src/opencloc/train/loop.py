@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from opencloc.config import LossConfig, TrainConfig, from_json, to_json
 from opencloc.data.loader import Batch, TrainingExamples, training_batches
@@ -49,6 +50,7 @@ def train(config: TrainConfig) -> Path:
     )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers and forked workers do not mix
     bf16 = config.precision == "bf16" or (config.precision == "auto" and has_native_bf16(device))
+    disable_progress_bar()  # transformers' own, one for every checkpoint
     checkpoints = out / "checkpoints"
     resume_from = next(reversed(list_checkpoints(checkpoints)), None)
 

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 Dtype = Literal["bf16", "fp32"]
+AutoDtype = Literal["auto", "bf16", "fp32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ def load_detector(
     spec: str,
     *,
     resolution: int = 448,
-    dtype: Dtype = "bf16",
+    dtype: AutoDtype = "auto",
     device: str = "auto",
     score_threshold: float = 0.1,
 ) -> Detector:
@@ -93,14 +94,18 @@ def load_detector(
     current folder or the installed packages.
 
     Anything else is a local folder or hub id of an OWL-ViT, OWLv2 or (MM) Grounding DINO checkpoint, run at
-    `resolution` pixels on the long side, leaving out detections that score no more than `score_threshold`.
+    `resolution` pixels on the long side in `dtype` (`auto`: bf16 on a GPU, fp32 on the CPU), leaving out detections
+    that score no more than `score_threshold`.
 
     Raises ValueError, naming `spec`, if there is no such module, factory or model, or the model is of another type.
     """
     if ":" in spec and not os.path.exists(spec):
         return _user_detector(spec)
+    where = resolve_device(device)
+    if dtype == "auto":
+        dtype = "bf16" if where.type == "cuda" else "fp32"  # many CPUs emulate bf16, a hundred times slower
     return _transformers_detector(
-        spec, resolution=resolution, dtype=dtype, device=resolve_device(device), score_threshold=score_threshold
+        spec, resolution=resolution, dtype=dtype, device=where, score_threshold=score_threshold
     )
 
 

@@ -138,20 +138,31 @@ def _detect(
     """
     if not samples:
         return []
-    images, asked = [sample.image for sample in samples], [phrases[sample.key] for sample in samples]
+    found = _call(detector, samples, phrases)
+    if not isinstance(found, Exception):
+        tally.failures_in_a_row = 0
+        return list(found)
+    if len(samples) > 1:
+        return [result for sample in samples for result in _detect(detector, [sample], phrases, tally)]
+    tally.failures_in_a_row += 1
+    if tally.failures_in_a_row == MAX_FAILURES_IN_A_ROW:
+        message = f"the detector failed on {MAX_FAILURES_IN_A_ROW} images in a row, last with {_describe(found)}"
+        raise ModelFailure(message) from found
+    return [found]
+
+
+def _call(
+    detector: Detector, samples: Sequence[Sample], phrases: dict[str, tuple[str, ...]]
+) -> Sequence[Detections] | Exception:
+    """One call of the detector, its answer checked, or the error of either."""
     try:
-        found: list[Detections | Exception] = list(detector(images, asked))
+        found = detector([sample.image for sample in samples], [phrases[sample.key] for sample in samples])
         if len(found) != len(samples):
             raise ValueError(f"the detector returned {len(found)} results for {len(samples)} images")
+        if wrong := [type(one).__name__ for one in found if not isinstance(one, Detections)]:
+            raise TypeError(f"the detector returned {wrong[0]} instead of Detections")
     except Exception as error:
-        if len(samples) > 1:
-            return [result for sample in samples for result in _detect(detector, [sample], phrases, tally)]
-        tally.failures_in_a_row += 1
-        if tally.failures_in_a_row == MAX_FAILURES_IN_A_ROW:
-            message = f"the detector failed on {MAX_FAILURES_IN_A_ROW} images in a row, last with {_describe(error)}"
-            raise ModelFailure(message) from error
-        return [error]
-    tally.failures_in_a_row = 0
+        return error.with_traceback(None)  # which would keep the tensors of the batch in memory
     return found
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from opencloc.config import Strict
 from opencloc.data import files
 from opencloc.vesl.caption import CaptionConfig
-from opencloc.vesl.detect import Dtype
+from opencloc.vesl.detect import AutoDtype
 from opencloc.vesl.filters import FilterConfig
 
 _VERSIONS_OF = ("opencloc", "torch", "transformers", "nltk", "numpy", "pillow", "pyarrow")
@@ -51,8 +51,8 @@ class LabelConfig(Strict):
     `package.module:factory?key=value`."""
     resolution: int = 448
     """Long side of the detector's input in pixels."""
-    dtype: Dtype = "bf16"
-    """Precision of the detector."""
+    dtype: AutoDtype = "auto"
+    """Precision of the detector; `auto`: bf16 on a GPU, fp32 on the CPU."""
     device: str = "auto"
     """Where the detector runs: `auto` (CUDA where there is one), `cpu`, `cuda:1`, ..."""
     filters: FilterConfig = field(default_factory=FilterConfig)

@@ -69,7 +69,8 @@ class OwlDetector:
         )
         self.text_cache = TextCache(self._embed, text_cache_size)
         revision = getattr(model.config, "_commit_hash", None)
-        self.model_id = f"{path}@{revision}" if revision else path
+        name = f"{path}@{revision}" if revision else path
+        self.model_id = f"{name}, {resolution} px, {dtype}"
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image], phrases: Sequence[Sequence[str]]) -> list[Detections]:

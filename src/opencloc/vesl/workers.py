@@ -111,7 +111,7 @@ class Processes:
     """`count` processes on this machine, each with models of its own and one BLAS thread.
 
     With several GPUs the workers take turns.  Signals of the terminal reach only the parent, which stops the workers.
-    A worker that dies is replaced, and its shard fails.
+    A worker is started with its first shard.  One that dies fails its shard, and the next one gets a new worker.
     """
 
     def __init__(self, config: LabelConfig, retry: bool, progress: Progress, count: int) -> None:
@@ -119,26 +119,32 @@ class Processes:
         self._progress = progress
         self._context = multiprocessing.get_context("spawn")  # a fork would share CUDA and thread state
         self._gpus = _visible_gpus()
-        self._workers = [self._start(number) for number in range(count)]
+        self._workers: list[_Worker | None] = [None] * count  # None: not started, or dead
 
     def idle(self) -> int:
-        return sum(worker.shard is None for worker in self._workers)
+        return sum(worker is None or worker.shard is None for worker in self._workers)
 
     def submit(self, shard: Shard) -> None:
-        worker = next(worker for worker in self._workers if worker.shard is None)
-        worker.shard = shard
-        with contextlib.suppress(OSError):  # it has died: `outcomes` will see
+        numbers = [number for number, worker in enumerate(self._workers) if worker is None or worker.shard is None]
+        number = min(numbers, key=lambda i: self._workers[i] is None)  # one that has its models already
+        worker = self._workers[number] or self._start(number)
+        worker.shard, self._workers[number] = shard, worker
+        with contextlib.suppress(OSError):  # it has just died: `outcomes` will see
             worker.pipe.send(shard)
 
     def outcomes(self) -> Iterator[Outcome]:
-        for pipe in wait([worker.pipe for worker in self._workers], timeout=0.5):
-            number = next(i for i, worker in enumerate(self._workers) if worker.pipe is pipe)
+        by_pipe = {worker.pipe: number for number, worker in enumerate(self._workers) if worker is not None}
+        for pipe in wait(by_pipe, timeout=0.5):
+            assert isinstance(pipe, Connection)
+            number = by_pipe[pipe]
             worker = self._workers[number]
+            assert worker is not None
             try:
-                message = worker.pipe.recv()
+                message = pipe.recv()
             except (EOFError, OSError):
                 worker.process.join()
-                self._workers[number] = self._start(number)
+                pipe.close()
+                self._workers[number] = None
                 if worker.shard is not None:
                     yield Outcome(shard=worker.shard, problem=_death(worker.process.exitcode))
                 continue
@@ -161,9 +167,10 @@ class Processes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in self._workers:
+        alive = [worker for worker in self._workers if worker is not None]
+        for worker in alive:
             worker.process.terminate()
-        for worker in self._workers:
+        for worker in alive:
             worker.process.join()
             worker.pipe.close()
 
