@@ -180,4 +180,4 @@ def test_region_weight_zero_is_clip() -> None:
 )
 def test_loss_configuration_out_of_range_is_refused(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"loss.{field} must be"):
-        LossConfig(**{field: value})
+        LossConfig(**{field: value})  # pyright: ignore[reportArgumentType]

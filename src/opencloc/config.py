@@ -34,7 +34,8 @@ class ModelConfig(Strict):
     """The model: towers from scratch (sizes below) or from a checkpoint (`init_from`), and the region parts."""
 
     init_from: str | None = None
-    """Folder or hub id of a CLIP, SigLIP, SigLIP 2 or CLOC checkpoint to start from; tower sizes are then its own."""
+    """Folder or hub id of a CLIP, SigLIP, SigLIP 2 or CLOC checkpoint to start from.  Sizes are then its own,
+    and of a CLOC checkpoint the region parts too."""
     family: Literal["clip", "siglip", "siglip2"] = "clip"
     """Which towers to build from scratch."""
     image_size: int = 224

@@ -45,7 +45,7 @@ def pixels(count: int = 2) -> torch.Tensor:
 
 
 def texts(model: ClocModel, count: int = 3) -> torch.Tensor:
-    length = 16 if model.config.clip_config.model_type != "clip" else 5
+    length = 16 if model.clip.config.model_type != "clip" else 5
     ids = torch.randint(3, 200, (count, length), generator=torch.Generator().manual_seed(2))
     ids[:, -1] = 1  # end of text
     return ids
@@ -60,7 +60,7 @@ def test_every_family_trains_with_every_prompter(make_model: MakeModel, family: 
     assert out.region is not None
     terms = [out.image @ out.caption.T, out.region.flatten(0, 1) @ out.region_text.flatten(0, 1).T]
     terms += [out.ground_boxes] if out.ground_boxes is not None else []
-    sum(term.square().sum() for term in terms).backward()
+    torch.stack([term.square().sum() for term in terms]).sum().backward()
     idle = {name for name, p in model.named_parameters() if p.grad is None}
     unused = {"prompt_encoder.point_kind", "clip.logit_scale", "clip.logit_bias", "region_logit_scale"}
     if prompter == "roi":
@@ -120,7 +120,8 @@ def test_export_loads_as_the_classes_llava_and_ferret_use(
     processor = ClocProcessor.for_towers(model.config.clip_config, tokenizer)
     model.export_clip(tmp_path)
     processor.export_clip(tmp_path)
-    vision, whole = CLIPVisionModel.from_pretrained(tmp_path).eval(), CLIPModel.from_pretrained(tmp_path).eval()
+    vision: Any = CLIPVisionModel.from_pretrained(tmp_path).eval()
+    whole: Any = CLIPModel.from_pretrained(tmp_path).eval()
     preprocess = AutoProcessor.from_pretrained(tmp_path, backend="pil")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 50, 3), dtype=np.uint8))
     theirs = preprocess(images=image, return_tensors="pt")["pixel_values"]

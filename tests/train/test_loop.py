@@ -126,7 +126,7 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(
 ) -> None:
     run = config(tmp_path, data=DataConfig(train=("scenes:rich?min_objects=1&missing_region=0.4",), num_workers=0))
     source = open_source(run.data.train[0], image_px=32)
-    model, processor = build_model(run, [source], None)
+    model, processor = build_model(run)
     model.double()
     examples = TrainingExamples([source], (), num_regions=3, image_size=32, seed=0)
     (batch,) = training_batches(examples, processor, batch_size=6, start=0, stop=1, num_workers=0)
@@ -155,8 +155,7 @@ def test_loss_falls_and_the_log_says_so(tmp_path: Path) -> None:
 
 def test_clip_baseline_trains_no_region_part(tmp_path: Path) -> None:
     run = config(tmp_path, loss=LossConfig(region_weight=0.0), steps=2)
-    source = open_source(run.data.train[0], image_px=32)
-    before, _ = build_model(run, [source], None)
+    before, _ = build_model(run)
     after = weights(train(run))
     for name, value in before.state_dict().items():
         if not name.startswith("clip."):
@@ -198,7 +197,7 @@ def test_learning_rate_warms_up_then_falls_to_zero() -> None:
 
 def test_weight_decay_spares_vectors_scales_and_positions(tmp_path: Path) -> None:
     run = config(tmp_path)
-    model, _ = build_model(run, [open_source(run.data.train[0], image_px=32)], None)
+    model, _ = build_model(run)
     decayed, plain = make_optimizer(model, run.optim).param_groups
     names = {id(p): n for n, p in model.named_parameters()}
     assert plain["weight_decay"] == 0

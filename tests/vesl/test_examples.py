@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,7 +114,8 @@ class FakeSession:
 
 def fake_detector(*objects) -> example.YoloxDetector:
     detector = example.YoloxDetector.__new__(example.YoloxDetector)
-    detector._session, detector._input, detector._side_px, detector._score = FakeSession(*objects), "x", SIDE, 0.1
+    session: Any = FakeSession(*objects)
+    detector._session, detector._input, detector._side_px, detector._score = session, "x", SIDE, 0.1
     return detector
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -118,10 +120,9 @@ def test_the_order_of_detections_with_distinct_scores_does_not_matter(found: Det
 )
 def test_each_filter_drops_its_case_under_its_name(name: str, config: dict, box, score: float, phrase: int) -> None:
     found = detected([(0.5, 0.5, 0.9, 0.9), box], [0.8, score], [0, phrase])
-    settings = {field: getattr(KEEP_ALL, field) for field in FilterConfig.__dataclass_fields__} | config
     if name == "max_area":  # the first box is the larger one
         found = found.take(np.array([1]))
-    kept, dropped = filter_detections(found, PHRASES, FilterConfig(**settings))
+    kept, dropped = filter_detections(found, PHRASES, dataclasses.replace(KEEP_ALL, **config))
     assert dict(dropped) == {name: 1}
     assert len(kept) == len(found) - 1
 

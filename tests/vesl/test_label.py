@@ -182,7 +182,7 @@ def test_a_users_detector_that_breaks_the_protocol_is_an_error_in_the_rows(scene
     engine = dataclasses.replace(load_engine(config), detector=lambda images, phrases: [answer] * len(images))
     shard = find_shards(config)[0]
     assert sum(one.count for one in label_shard(config, shard, engine=engine).failed.values()) == 4
-    assert all(row.error.startswith(error) for row in read_sidecar(shard.sidecar).values())
+    assert all((row.error or "").startswith(error) for row in read_sidecar(shard.sidecar).values())
 
 
 # Broken input

@@ -62,9 +62,11 @@ def parse_model(spec: str) -> tuple[str | None, str, RegionWay]:
     """(name or None, folder, way) of `[NAME=]FOLDER[@WAY]`.  Raises ValueError for an unknown way."""
     name, _, rest = spec.rpartition("=")
     folder, _, way = rest.rpartition("@") if "@" in rest else (rest, "", "prompter")
-    if way not in get_args(RegionWay):
-        raise ValueError(f"model {spec!r}: a region is embedded by {', '.join(get_args(RegionWay))}, not by {way!r}")
-    return name or None, folder, way
+    ways: tuple[RegionWay, ...] = get_args(RegionWay)
+    for known in ways:
+        if way == known:
+            return name or None, folder, known
+    raise ValueError(f"model {spec!r}: a region is embedded by {', '.join(ways)}, not by {way!r}")
 
 
 def run_eval(config: EvalConfig, console: Console | None = None) -> list[Evaluation]:

@@ -100,7 +100,7 @@ class Predictor:
         regions, classes = self.embed(image, boxes_px=boxes_px), self.embed_texts(names)
         scale = self.model.region_logit_scale.detach().exp()
         probabilities = (scale * regions @ classes.T).softmax(-1).cpu().numpy()
-        return [names[i] for i in probabilities.argmax(-1)], probabilities
+        return [names[int(i)] for i in probabilities.argmax(-1)], probabilities
 
     @torch.inference_mode()
     def ground(self, image: EncodedImage, texts: Sequence[str]) -> np.ndarray:

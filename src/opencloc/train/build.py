@@ -11,26 +11,26 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, CLIPConfig, Siglip2Config, SiglipConfig
 
 from opencloc.config import ModelConfig, TrainConfig
-from opencloc.data.sample import BadSample, Source
+from opencloc.data.sample import BadSample
+from opencloc.data.source import open_source
 from opencloc.model.cloc import ClocConfig, ClocModel
 from opencloc.model.processor import ClocProcessor, train_tokenizer
 
 TOKENIZER_SAMPLES = 2000  # samples per source whose texts train a tokenizer
 
 
-def build_model(
-    config: TrainConfig, sources: Sequence[Source], resume_from: Path | None
-) -> tuple[ClocModel, ClocProcessor]:
+def build_model(config: TrainConfig, resume_from: Path | None = None) -> tuple[ClocModel, ClocProcessor]:
     """Model and processor, with weights drawn from `config.seed` where they are new.
 
     A resumed run takes its processor (and architecture) from its checkpoint; weights are loaded by the caller.
     """
-    model, processor = _build(config, sources, resume_from)
+    model, processor = _build(config, resume_from)
+    model.float()  # weights are fp32 whatever the checkpoint was saved in; `precision` says what is computed in
     model.set_attn_implementation(config.model.attention)
     return model, processor
 
 
-def _build(config: TrainConfig, sources: Sequence[Source], resume_from: Path | None) -> tuple[ClocModel, ClocProcessor]:
+def _build(config: TrainConfig, resume_from: Path | None) -> tuple[ClocModel, ClocProcessor]:
     model_config = config.model
     torch.manual_seed(config.seed)
     if resume_from is not None:
@@ -50,7 +50,7 @@ def _build(config: TrainConfig, sources: Sequence[Source], resume_from: Path | N
     if model_config.tokenizer is not None:
         tokenizer = AutoTokenizer.from_pretrained(model_config.tokenizer)
     else:
-        tokenizer = train_tokenizer(texts_of(sources), model_config.vocab_size, model_config.text_length)
+        tokenizer = train_tokenizer(texts_of(config.data.train), model_config.vocab_size, model_config.text_length)
     clip = tower_config(model_config, tokenizer)
     return ClocModel(ClocConfig(clip_config=clip, **region)), ClocProcessor.for_towers(clip, tokenizer)
 
@@ -88,10 +88,10 @@ def tower_config(config: ModelConfig, tokenizer: Any) -> Any:
     return Siglip2Config(vision_config=vision | {"num_patches": num_patches}, text_config=text)
 
 
-def texts_of(sources: Sequence[Source]) -> list[str]:
+def texts_of(specs: Sequence[str]) -> list[str]:
     """Captions and region texts of the first samples of every source; unusable samples are passed over."""
     texts: list[str] = []
-    for source in sources:
+    for source in map(open_source, specs):
         for index in islice(range(TOKENIZER_SAMPLES), source.size):
             try:
                 sample = source[index]

@@ -7,7 +7,6 @@ the uninterrupted run bit for bit on CPU.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -54,8 +53,7 @@ def train(config: TrainConfig) -> Path:
     checkpoints = out / "checkpoints"
     resume_from = next(reversed(list_checkpoints(checkpoints)), None)
 
-    probe = [open_source(spec) for spec in config.data.train]
-    model, processor = build_model(config, probe, resume_from)
+    model, processor = build_model(config, resume_from)
     model.train()
     model.to(device)  # pyright: ignore[reportArgumentType]
     sources = [open_source(spec, image_px=processor.image_size) for spec in config.data.train]
@@ -232,9 +230,3 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def read_log(out: Path) -> list[dict[str, Any]]:
-    """The logged steps of a run.  A step logged twice (a resumed run repeats some) counts once, the later line."""
-    lines = (out / "log.jsonl").read_text().splitlines()
-    return list({record["step"]: record for record in map(json.loads, lines)}.values())

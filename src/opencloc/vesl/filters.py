@@ -128,7 +128,7 @@ def _greedy(count: int, suppressed: Callable[[int, np.ndarray], np.ndarray]) -> 
     kept = np.zeros(count, dtype=bool)
     rest = np.arange(count)
     while len(rest):
-        best, rest = rest[0], rest[1:]
+        best, rest = int(rest[0]), rest[1:]
         kept[best] = True
         rest = rest[~suppressed(best, rest)]
     return kept
