@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from opencloc.cli import VERBS, main
+from opencloc.presets import tiny
+from opencloc.train.build import build_model
+from opencloc.train.checkpoint import save_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -41,3 +45,14 @@ def test_commands_have_existing_verbs_and_flags(page: Path, capsys: pytest.Captu
         known = re.sub(r"[│\s]+", " ", capsys.readouterr().out).replace("_", "-")
         for flag in re.findall(r"--[\w.-]+", command):
             assert flag.replace("_", "-") in known, f"{page.name}: opencloc {verb} has no {flag}"
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = build_model(tiny())
+    save_model(tmp_path / "runs/quickstart/cloc/model", model, processor)
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["regions"].shape == (3, 128)
+    assert names["boxes_px"].shape == (len(names["scene"].texts), 4)
