@@ -25,9 +25,9 @@ def tiny() -> TrainConfig:
         data=DataConfig(train=("scenes:rich?num_things=120",)),
         loss=LossConfig(grounding_weight=2.0),
         optim=OptimConfig(lr=1.5e-3, warmup_steps=50, weight_decay=0.1),
-        steps=1000,
+        steps=800,
         batch_size=32,
-        checkpoint_every=250,
+        checkpoint_every=200,
     )
 
 

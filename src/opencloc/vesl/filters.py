@@ -9,7 +9,7 @@ Symbols: D detections of one image.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,13 +100,8 @@ def nms(boxes: np.ndarray, max_iou: float) -> np.ndarray:
 
     A box goes if it overlaps a kept one by an IoU above `max_iou`.
     """
-    areas = area(boxes)
-
-    def suppressed(best: int, rest: np.ndarray) -> np.ndarray:
-        shared = _intersection(boxes[best], boxes[rest])
-        return shared > max_iou * (areas[best] + areas[rest] - shared)
-
-    return _greedy(len(boxes), suppressed)
+    areas, shared = area(boxes), _shared(boxes)
+    return _greedy(shared > max_iou * (areas[:, None] + areas[None] - shared))
 
 
 def not_inside_same_phrase(boxes: np.ndarray, phrase: np.ndarray, max_inside: float) -> np.ndarray:
@@ -114,30 +109,25 @@ def not_inside_same_phrase(boxes: np.ndarray, phrase: np.ndarray, max_inside: fl
 
     A box goes if it and a kept one of the same phrase share more than `max_inside` of the smaller one's area.
     """
-    areas = area(boxes)
-
-    def suppressed(best: int, rest: np.ndarray) -> np.ndarray:
-        shared = _intersection(boxes[best], boxes[rest])
-        return (phrase[rest] == phrase[best]) & (shared > max_inside * np.minimum(areas[best], areas[rest]))
-
-    return _greedy(len(boxes), suppressed)
+    areas, shared = area(boxes), _shared(boxes)
+    same = phrase[:, None] == phrase[None]
+    return _greedy(same & (shared > max_inside * np.minimum(areas[:, None], areas[None])))
 
 
-def _greedy(count: int, suppressed: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:
-    """(count,) True for those kept: in order, each kept one removes what `suppressed(best, rest)` marks after it."""
-    kept = np.zeros(count, dtype=bool)
-    rest = np.arange(count)
-    while len(rest):
-        best, rest = int(rest[0]), rest[1:]
-        kept[best] = True
-        rest = rest[~suppressed(best, rest)]
+def _greedy(suppresses: np.ndarray) -> np.ndarray:
+    """(D,) True for those kept: in order, each kept one removes the later ones that it `suppresses` (D, D)."""
+    kept = np.ones(len(suppresses), dtype=bool)
+    for best in range(len(suppresses)):
+        if kept[best]:
+            kept[best + 1 :] &= ~suppresses[best, best + 1 :]
     return kept
 
 
-def _intersection(box: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """(D,) areas that `box` (4,) shares with `others` (D, 4)."""
-    wh = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
-    return np.prod(wh.clip(min=0), axis=1)
+def _shared(boxes: np.ndarray) -> np.ndarray:
+    """(D, D) areas that boxes (D, 4) share with each other."""
+    low, high = boxes[:, :2], boxes[:, 2:]
+    sides = np.minimum(high[:, None], high[None]) - np.maximum(low[:, None], low[None])
+    return sides.clip(min=0).prod(axis=-1)
 
 
 def _check(found: Detections, num_phrases: int) -> None:
