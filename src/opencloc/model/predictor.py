@@ -24,6 +24,8 @@ from opencloc.model.cloc import ClocModel, ImageFeatures
 from opencloc.model.processor import ClocProcessor
 from opencloc.model.prompts import Box, Mask, Point, Prompt, Text
 
+Coordinates = Sequence[Sequence[float]] | np.ndarray  # (P, 4) boxes or (P, 2) points
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedImage:
@@ -77,8 +79,8 @@ class Predictor:
         self,
         image: EncodedImage,
         *,
-        boxes_px: Sequence[Sequence[float]] = (),
-        points_px: Sequence[Sequence[float]] = (),
+        boxes_px: Coordinates = (),
+        points_px: Coordinates = (),
         masks: Sequence[np.ndarray] = (),
         texts: Sequence[str] = (),
     ) -> Float[Tensor, "P E"]:
@@ -94,7 +96,7 @@ class Predictor:
         return self.model.encode_regions(image.features, [prompts])[0]
 
     def classify(
-        self, image: EncodedImage, boxes_px: Sequence[Sequence[float]], names: Sequence[str]
+        self, image: EncodedImage, boxes_px: Coordinates, names: Sequence[str]
     ) -> tuple[list[str], np.ndarray]:
         """(best name of each box, probabilities (P, C) over the names)."""
         regions, classes = self.embed(image, boxes_px=boxes_px), self.embed_texts(names)
@@ -108,9 +110,7 @@ class Predictor:
         boxes = self.model.ground(image.features, self.embed_texts(texts)[None])[0].float().cpu()
         return image.letterbox.to_image(boxes).numpy() * self._size(image.letterbox, 4)
 
-    def _to_square(
-        self, image: EncodedImage, coordinates_px: Sequence[Sequence[float]], count: int
-    ) -> list[list[float]]:
+    def _to_square(self, image: EncodedImage, coordinates_px: Coordinates, count: int) -> list[list[float]]:
         """Pixel boxes or points of the image, checked, in the square."""
         if len(coordinates_px) == 0:
             return []

@@ -93,4 +93,6 @@ class RunLog:
         self.progress.update(self.task, status=status)
         if not self.console.is_terminal:
             left = (self.config.steps - step) * seconds / steps
-            self.console.print(f"step {step}/{self.config.steps}  {status}  ETA {left:.0f} s", highlight=False)
+            self.console.print(
+                f"step {step}/{self.config.steps}  {status}  ETA {left:.0f} s", highlight=False, soft_wrap=True
+            )
