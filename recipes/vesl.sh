@@ -36,6 +36,6 @@ done
 cat >"$results/run.txt" <<END
 command   recipes/vesl.sh $*
 commit    $(git rev-parse HEAD 2>/dev/null || echo unknown)
-hardware  $(grep -m1 'model name' /proc/cpuinfo | cut -d: -f2 | xargs), $(nproc) cores
+hardware  $(grep -m1 'model name' /proc/cpuinfo | cut -d: -f2 | xargs), $(nproc --all) cores
 END
 echo "wrote $results; look at $out/nouns.html"
