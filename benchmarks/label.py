@@ -102,7 +102,7 @@ def engine_cost(shard: str, folder: Path) -> dict[str, float]:
         "read and decode": per_call_ms(lambda url: list(iter_shard(url, 1024)), [shard]) / len(samples),
         "phrases": per_call_ms(extract_phrases, captions),
         "filters": per_call_ms(
-            lambda pair: filter_detections(*pair, FilterConfig()), list(zip(found, phrases, strict=True))
+            lambda pair: filter_detections(pair[0], pair[1], FilterConfig()), list(zip(found, phrases, strict=True))
         ),
         "sidecar": per_call_ms(lambda part: write_sidecar(str(folder / "x.parquet"), part, {}), [rows]) / len(rows),
     }
