@@ -23,8 +23,9 @@ import numpy as np
 import torch
 
 from opencloc.boxes import pairwise_iou
+from opencloc.data import files
 from opencloc.data.coco import Coco
-from opencloc.data.sidecar import SidecarRow, read_labels
+from opencloc.data.sidecar import read_labels, sidecar_path, stats_path
 from opencloc.data.source import open_source
 from opencloc.vesl.phrases import extract_phrases
 
@@ -49,8 +50,15 @@ def match(boxes: np.ndarray, allowed: np.ndarray, human: np.ndarray) -> np.ndarr
     return taken
 
 
-def quality(photos: Coco, labels: dict[str, SidecarRow]) -> dict[str, float]:
-    """Precision and recall of labels, and what they are like."""
+def phrases_asked(photos: Coco, name: str) -> int:
+    """How many phrases the detector was asked for in all, from the statistics beside the sidecars."""
+    paths = files.glob(stats_path(sidecar_path(photos.instances_path, name, 0)).replace("-00000.", "-*."))
+    return sum(json.loads(files.read_bytes(path))["phrases"] for path in paths)
+
+
+def quality(photos: Coco, name: str) -> dict[str, float]:
+    """Precision and recall of the labels `name`, and what they are like."""
+    labels = read_labels(photos.instances_path, name)
     counts = dict.fromkeys(("regions", "boxes", "named", "box", "box and text", "named and found"), 0)
     words = failed = 0
     for index in range(photos.size):
@@ -75,6 +83,7 @@ def quality(photos: Coco, labels: dict[str, SidecarRow]) -> dict[str, float]:
         "failed": failed,
         "regions": counts["regions"],
         "regions per image": counts["regions"] / photos.size,
+        "phrases per image": phrases_asked(photos, name) / photos.size,
         "words per text": words / max(1, counts["regions"]),
         "precision (box)": counts["box"] / max(1, counts["regions"]),
         "recall (box)": counts["box"] / counts["boxes"],
@@ -113,7 +122,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for entry in arguments.labels:
         title, _, name = entry.partition("=")
-        rows.append({"labels": title, **quality(photos, read_labels(photos.instances_path, name))})
+        rows.append({"labels": title, **quality(photos, name)})
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "quality.md").write_text(markdown(rows))
     (arguments.out / "quality.json").write_text(json.dumps(rows, indent=2) + "\n")

@@ -14,7 +14,8 @@ box only where the caption names a man.  Its rules err on the side of no label:
   "computer") stand for nothing.
 * A box counts only for its own best class: a dog is never labelled "cat" for want of dogs in the caption.
 * Several phrases for one class ("man", "woman") can't be told apart by a detector that knows only persons.  Boxes take
-  the phrase that is the class name itself where there is one, else the first.
+  the class name itself where it is a phrase, else the first phrase in the singular (a box shows one object), else the
+  first.
 """
 
 from __future__ import annotations
@@ -178,30 +179,35 @@ def decode(output: np.ndarray, side_px: int) -> tuple[np.ndarray, np.ndarray]:
 
 def phrases_of_classes(phrases: Sequence[str]) -> dict[int, int]:
     """For every class that an image's phrases name, which phrase its boxes get: {class number: phrase number}."""
-    chosen: dict[int, int] = {}
+    chosen: dict[int, tuple[int, int]] = {}  # class number -> (rank, phrase number), the least wins
     for number, phrase in enumerate(phrases):
-        found = class_of_phrase(phrase)
-        if found is None:
-            continue
-        exact = _singular(phrase) == COCO_CLASSES[found]
-        if found not in chosen or (exact and _singular(phrases[chosen[found]]) != COCO_CLASSES[found]):
-            chosen[found] = number
-    return chosen
+        name, ending = _name_and_ending(phrase)
+        if name is not None:
+            found = CLASS_OF_NAME[name]
+            rank = 0 if phrase == COCO_CLASSES[found] else 1 if ending == name else 2
+            chosen[found] = min(chosen.get(found, (3, 0)), (rank, number))
+    return {found: number for found, (_, number) in chosen.items()}
 
 
 def class_of_phrase(phrase: str) -> int | None:
     """The class that a phrase stands for by its last words, or None."""
+    name, _ = _name_and_ending(phrase)
+    return None if name is None else CLASS_OF_NAME[name]
+
+
+def _name_and_ending(phrase: str) -> tuple[str | None, str]:
+    """(the name or synonym of a class with which a phrase ends, the ending as it stands there, perhaps a plural)."""
     words = phrase.lower().split()
     for start in range(len(words)):  # longest ending first, so that "hot dog" is not "dog"
-        name = _singular(" ".join(words[start:]))
-        if name is not None:
-            return CLASS_OF_NAME[name]
-    return None
+        ending = " ".join(words[start:])
+        if (name := _singular(ending)) is not None:
+            return name, ending
+    return None, ""
 
 
-def _singular(name: str) -> str | None:
-    """The known name of which `name` is the singular or plural, or None."""
-    *first, last = name.split()
-    endings = [last, IRREGULAR_PLURALS.get(last, last)]
-    endings += [last.removesuffix(suffix) + new for suffix, new in (("s", ""), ("es", ""), ("ies", "y"))]
-    return next((known for end in endings if (known := " ".join([*first, end])) in CLASS_OF_NAME), None)
+def _singular(ending: str) -> str | None:
+    """The known name of which `ending` is the singular or plural, or None."""
+    *first, last = ending.split()
+    forms = [last, IRREGULAR_PLURALS.get(last, last)]
+    forms += [last.removesuffix(suffix) + new for suffix, new in (("s", ""), ("es", ""), ("ies", "y"))]
+    return next((known for form in forms if (known := " ".join([*first, form])) in CLASS_OF_NAME), None)

@@ -63,7 +63,9 @@ def test_every_class_stands_for_itself() -> None:
     ("phrases", "expected"),
     [
         (("man", "woman"), {0: 0}),  # the first of several for one class
-        (("man", "person", "people"), {0: 1}),  # but the class name itself before all others
+        (("men", "young people", "man", "boy"), {0: 2}),  # a box shows one object: the singular before plurals
+        (("people", "men"), {0: 0}),
+        (("man", "person", "people"), {0: 1}),  # the class name itself before all others
         (("table", "cat", "red thing", "kittens"), {60: 0, 15: 1}),
         (("red thing",), {}),
     ],
