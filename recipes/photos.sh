@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The main job on real photos: pre-train `small` on mosaics of Caltech-101 photos and on coco740, once as CLIP and once
 # as CLOC (same data, steps and seed, one core each, at the same time), then score both on photos never trained on.
-# About an hour on two cores.  Run again to resume.  Extra arguments go to both trainings.
+# A good hour on two cores.  Run again to resume.  Extra arguments go to both trainings.
 #   OPENCLOC_DATA  folder with caltech101/ and coco740/   OUT  folder of the runs
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source recipes/facts.sh
 data=${OPENCLOC_DATA:-../shared/data}
 out=${OUT:-runs/photos}
 opencloc=.venv/bin/opencloc
@@ -26,3 +27,4 @@ wait %1
 trap - INT TERM
 score mosaics "mosaic:$data/caltech101?grid=2-3&split=test&seed=1" 500
 score coco740 "coco:$data/coco740?split=test" 1000
+facts recipes/photos.sh "$@" >"$out/run.txt"
