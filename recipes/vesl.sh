@@ -7,6 +7,7 @@
 #   OUT             folder of the labels      RESULTS  folder of the figures
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source recipes/facts.sh
 data=${OPENCLOC_DATA:-../shared/data}
 yolox=${OPENCLOC_YOLOX:-../shared/models/yolox_nano.onnx}
 out=${OUT:-runs/vesl}
@@ -33,9 +34,5 @@ for name in nouns n-grams; do
 done
 .venv/bin/python benchmarks/label_quality.py --data "$labelled" --out "$results" \
     --labels one-caption="$out/one-caption/vesl" nouns="$out/nouns/vesl" n-grams="$out/n-grams/vesl"
-cat >"$results/run.txt" <<END
-command   recipes/vesl.sh $*
-commit    $(git rev-parse HEAD 2>/dev/null || echo unknown)
-hardware  $(grep -m1 'model name' /proc/cpuinfo | cut -d: -f2 | xargs), $(nproc --all) cores
-END
+facts recipes/vesl.sh "$@" >"$results/run.txt"
 echo "wrote $results; look at $out/nouns.html"
