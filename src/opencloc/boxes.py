@@ -119,6 +119,18 @@ class Letterbox:
         return np.asarray(scale, dtype=like.dtype), np.asarray(offset, dtype=like.dtype)
 
 
+def crop(image: Image.Image, box: np.ndarray) -> Image.Image:
+    """The box (4,), normalised to the image, cut out at whole pixels: rounded to the nearest, at least one each way."""
+    left, right = _whole_pixels(float(box[0]), float(box[2]), image.width)
+    top, bottom = _whole_pixels(float(box[1]), float(box[3]), image.height)
+    return image.crop((left, top, right, bottom))
+
+
+def _whole_pixels(low: float, high: float, size_px: int) -> tuple[int, int]:
+    first = min(max(round(low * size_px), 0), size_px - 1)
+    return first, min(max(round(high * size_px), first + 1), size_px)
+
+
 def letterbox_image(image: Image.Image, size_px: int) -> Image.Image:
     """The image resized (bicubic, antialiased) into a `size_px` square, padded with CLIP's mean colour.
 

@@ -1,0 +1,50 @@
+"""Crops: every region of a source becomes an image of its own, with the region's text as its caption.
+
+Owns the cutting.  This is how a plain CLIP can learn from region labels without a Prompter (RegionCLIP's way), the
+baseline that shows what the Prompter adds to the same labels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from opencloc.boxes import crop
+from opencloc.data.sample import BadSample, Sample, Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropsConfig:
+    """Which crops."""
+
+    seed: int = 0
+
+
+class Crops:
+    """An endless `Source` of crops: number i shows one region of a sample, both drawn at random from the seed and i.
+
+    Of an endless source, crop i comes from sample i.  Raises `BadSample` for a sample without regions.
+    """
+
+    size: int | None = None
+
+    def __init__(self, regions: Source, config: CropsConfig) -> None:
+        self.regions, self.config = regions, config
+
+    def __repr__(self) -> str:
+        return f"Crops({self.regions!r}, {self.config})"
+
+    def __getitem__(self, index: int) -> Sample:
+        if index < 0:
+            raise IndexError(f"{index}: crops are numbered from 0")
+        rng = np.random.default_rng([self.config.seed, index])
+        sample = self.regions[index if self.regions.size is None else int(rng.integers(self.regions.size))]
+        if not sample.texts:
+            raise BadSample("no regions", sample.key)
+        chosen = int(rng.integers(len(sample.texts)))
+        return Sample(
+            key=f"{sample.key}-{chosen}",
+            image=crop(sample.image, sample.boxes[chosen]),
+            captions=(sample.texts[chosen],),
+        )
