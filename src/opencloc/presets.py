@@ -22,10 +22,10 @@ def tiny() -> TrainConfig:
             embed_dim=128,
             vocab_size=2048,
         ),
-        data=DataConfig(train=("scenes:rich?num_things=120",)),
+        data=DataConfig(train=("scenes:rich?num_things=120",), num_regions=5),  # every object of a scene
         loss=LossConfig(grounding_weight=2.0),
         optim=OptimConfig(lr=1.5e-3, warmup_steps=50, weight_decay=0.1),
-        steps=800,
+        steps=850,
         batch_size=32,
         checkpoint_every=200,
     )

@@ -1,0 +1,237 @@
+"""Tables and pictures of the study's runs.
+
+    python benchmarks/study_report.py --runs runs/study --out results/study
+
+Reads every OUT/VARIANT-SEED/result.json that is there, so it may be called while the study runs.  Writes table.md (laid
+out like the paper's Table 2), summary.json, curves.png and, from the model of `cross`, examples.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for benchmarks/
+from benchmarks.study import NOISE, SETS, WORLD, Variant, variants
+
+COLUMNS = (  # heading, set, score
+    ("i2t R@1", "seen", "i2t_r1"),
+    ("t2i R@1", "seen", "t2i_r1"),
+    ("top-1", "seen", "region_top1"),
+    ("mAcc", "seen", "region_macc"),
+    ("mAcc, unseen combinations", "unseen combinations", "region_macc"),
+    ("mAcc, unseen things", "unseen things", "region_macc"),
+    ("mAcc, second style", "second style", "region_macc"),
+    ("Acc@0.5", "seen", "ground_acc50"),
+    ("Acc@0.5, unseen combinations", "unseen combinations", "ground_acc50"),
+)
+METHODS = ("cross", "roi", "encoder", "clip_crops", "clip")
+COLOURS = dict(zip(METHODS, ("#c0392b", "#2471a3", "#7d3c98", "#b9770e", "#707b7c"), strict=True))
+PICTURES = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One row of the table: a variant, or for a CLIP one of its two ways to embed a region."""
+
+    variant: Variant
+    way: str
+    runs: list[dict[str, Any]]  # one per seed
+
+    @property
+    def title(self) -> str:
+        return f"{self.variant.title}, {self.way}" if self.way in ("crop", "roi") else self.variant.title
+
+    def values(self, where: str, score: str) -> list[float]:
+        """The score of every seed that has it."""
+        found = [run["final"][self.way][where].get(score) for run in self.runs]
+        return [value for value in found if value is not None]
+
+    def mean(self, where: str, score: str) -> float | None:
+        values = self.values(where, score)
+        return statistics.fmean(values) if values else None
+
+
+def read_lines(runs: Path) -> list[Line]:
+    """The rows of the table for which there is at least one run."""
+    lines = []
+    for variant in variants():
+        results = [json.loads(path.read_text()) for path in sorted(runs.glob(f"{variant.name}-[0-9]*/result.json"))]
+        ways = dict.fromkeys(way for result in results for way in result["final"])
+        lines += [Line(variant=variant, way=way, runs=results) for way in ways]
+    return lines
+
+
+def table(lines: Sequence[Line]) -> str:
+    """The table in Markdown: mean ± standard deviation over seeds, in %."""
+    head = ["", *(heading for heading, _, _ in COLUMNS), "CPU s per step", "steps", "seeds"]
+    rows = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    group = ""
+    for line in lines:
+        if line.variant.group != group:
+            group = line.variant.group
+            rows.append(f"| **{group}** |" + " |" * (len(head) - 1))
+        cells = [line.title, *(spread(line.values(where, score)) for _, where, score in COLUMNS)]
+        cost = statistics.median(run["cpu_seconds_per_step"] for run in line.runs)
+        steps = "/".join(dict.fromkeys(str(run["steps"]) for run in line.runs))
+        rows.append("| " + " | ".join([*cells, f"{cost:.2f}", steps, str(len(line.runs))]) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation in %."""
+    if not values:
+        return "–"
+    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.fmean(values):.1f}{deviation}"
+
+
+def summary(lines: Sequence[Line]) -> dict[str, Any]:
+    """The figures that the aims speak of, from the means over seeds; what hasn't been run is left out."""
+    by = {(line.variant.name, line.way): line for line in lines}
+
+    def mean(name: str, way: str, where: str, score: str) -> float | None:
+        return by[name, way].mean(where, score) if (name, way) in by else None
+
+    out: dict[str, Any] = {}
+    for where in ("seen", "unseen combinations"):
+        cross = mean("cross", "prompter", where, "region_macc")
+        clip = [mean("clip", way, where, "region_macc") for way in ("crop", "roi")]
+        crops = [mean("clip_crops", way, where, "region_macc") for way in ("crop", "roi")]
+        out[where] = {"cross": cross, "best of CLIP": best(clip), "best of CLIP with crops": best(crops)}
+    out["i2t R@1, cross less CLIP"] = difference(
+        mean("cross", "prompter", "seen", "i2t_r1"), mean("clip", "crop", "seen", "i2t_r1")
+    )
+    out["t2i R@1, cross less CLIP"] = difference(
+        mean("cross", "prompter", "seen", "t2i_r1"), mean("clip", "crop", "seen", "t2i_r1")
+    )
+    out["grounding Acc@0.5"] = mean("cross", "prompter", "seen", "ground_acc50")
+    if ("cross", "prompter") in by and ("encoder", "prompter") in by:
+        out["share of the published form's CPU time at which cross reaches its final score"] = catch_up(
+            by["cross", "prompter"], by["encoder", "prompter"]
+        )
+    return out
+
+
+def best(values: Sequence[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def difference(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def curve(line: Line) -> tuple[list[int], list[float]]:
+    """(steps, mean mAcc over seeds) of the checkpoints on the way."""
+    points: dict[int, list[float]] = {}
+    for run in line.runs:
+        for point in run["curve"]:
+            points.setdefault(point["step"], []).append(point["region_macc"])
+    return sorted(points), [statistics.fmean(points[step]) for step in sorted(points)]
+
+
+def cost_per_step(line: Line) -> float:
+    return statistics.median(run["cpu_seconds_per_step"] for run in line.runs)
+
+
+def catch_up(fast: Line, slow: Line) -> float | None:
+    """CPU time at which `fast` has the final score of `slow`, as a share of that one's; None if it never has."""
+    target = curve(slow)[1][-1]
+    steps, scores = curve(fast)
+    reached = next((step for step, value in zip(steps, scores, strict=True) if value >= target), None)
+    if reached is None:
+        return None
+    return reached * cost_per_step(fast) / (curve(slow)[0][-1] * cost_per_step(slow))
+
+
+def draw_curves(lines: Sequence[Line], path: Path) -> None:
+    """Region mAcc against steps, CPU time and label noise."""
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    by_steps, by_time, by_noise = figure.subplots(1, 3)
+    first = {line.variant.name: line for line in reversed(lines)}  # of a CLIP's two ways the first, crop
+    for name in METHODS:
+        if name not in first:
+            continue
+        line = first[name]
+        steps, scores = curve(line)
+        style = {"color": COLOURS[name], "marker": "o", "markersize": 3, "label": line.title}
+        by_steps.plot(steps, [100 * s for s in scores], **style)
+        by_time.plot([s * cost_per_step(line) for s in steps], [100 * s for s in scores], **style)
+        levels = [first.get(name if noise == "noisy" else f"{name}_{noise.replace(' ', '_')}") for noise in NOISE]
+        known = [
+            (noise, level.mean("seen", "region_macc")) for noise, level in zip(NOISE, levels, strict=True) if level
+        ]
+        if len(scores) > 1:
+            by_noise.plot(list(scores), [100 * (value or 0) for value in scores.values()], **style)
+    for axes, title in ((by_steps, "steps"), (by_time, "CPU seconds"), (by_noise, "label noise")):
+        axes.set_xlabel(title)
+        axes.set_ylabel("region mAcc in %, seen combinations")
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+    by_steps.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def draw_examples(model: Path, path: Path) -> None:
+    """Unseen scenes with the name that `cross` gives each box, and the box it finds for each text."""
+    from opencloc.data.source import open_source, take
+    from opencloc.eval.encoders import load_encoder
+    from opencloc.eval.tasks import predict
+
+    source: Any = open_source(f"scenes:rich?{WORLD}&seed=1&{SETS['seen']}")
+    samples, _ = take(source, PICTURES)
+    predictions = predict(load_encoder(model, "prompter"), samples, source.config.class_names())
+    figure = Figure(figsize=(3.2 * PICTURES, 6.6), layout="constrained")
+    for column, prediction in enumerate(predictions):
+        named, grounded = (figure.add_subplot(2, PICTURES, row * PICTURES + column + 1) for row in (0, 1))
+        side = prediction.sample.image.width
+        for axes in (named, grounded):
+            axes.imshow(prediction.sample.image)
+            axes.set_axis_off()
+        for box, name, right in zip(prediction.sample.boxes, prediction.names, prediction.correct, strict=True):
+            _draw(named, box * side, name, "#1e8449" if right else "#c0392b")
+        for found in prediction.grounded:
+            _draw(grounded, found.box * side, found.text, "#1e8449" if found.iou >= 0.5 else "#c0392b")
+    figure.suptitle("top: given boxes, the model's names; below: given texts, the model's boxes (green: right)")
+    figure.savefig(path, dpi=80)
+
+
+def _draw(axes: Any, box_px: Any, text: str, colour: str) -> None:
+    x0, y0, x1, y1 = box_px
+    axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color=colour, linewidth=1.5))
+    axes.text(x0, y0 - 1, text, color="white", fontsize=7, backgroundcolor=colour, va="bottom", clip_on=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs/study"))
+    parser.add_argument("--out", type=Path, default=Path("results/study"))
+    arguments = parser.parse_args()
+    matplotlib.rcParams["font.family"] = "sans-serif"
+    lines = read_lines(arguments.runs)
+    if not lines:
+        raise SystemExit(f"{arguments.runs}: no run has a result yet")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "table.md").write_text(table(lines))
+    (arguments.out / "summary.json").write_text(json.dumps(summary(lines), indent=2) + "\n")
+    results = [run for line in lines for run in line.runs]
+    (arguments.out / "runs.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw_curves(lines, arguments.out / "curves.png")
+    if (model := arguments.runs / "cross-0" / "model").is_dir():
+        draw_examples(model, arguments.out / "examples.png")
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    main()

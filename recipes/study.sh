@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The study: what each part of CLOC contributes, on generated scenes (docs/study.md).  24 variants, 3 seeds, two runs at
+# a time: about three hours on two cores.  Run again to go on; Ctrl-C loses at most the steps since a checkpoint.
+#   OUT  folder of the runs   RESULTS  folder of tables and plots     Extra arguments go to benchmarks/study.py.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source recipes/facts.sh
+out=${OUT:-runs/study}
+results=${RESULTS:-results/study}
+.venv/bin/python benchmarks/study.py --out "$out" "$@"
+.venv/bin/python benchmarks/study_report.py --runs "$out" --out "$results"
+facts recipes/study.sh "$@" >"$results/run.txt"
+echo "wrote $results"
