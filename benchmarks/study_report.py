@@ -168,11 +168,11 @@ def draw_curves(lines: Sequence[Line], path: Path) -> None:
         by_steps.plot(steps, [100 * s for s in scores], **style)
         by_time.plot([s * cost_per_step(line) for s in steps], [100 * s for s in scores], **style)
         levels = [first.get(name if noise == "noisy" else f"{name}_{noise.replace(' ', '_')}") for noise in NOISE]
-        known = [
-            (noise, level.mean("seen", "region_macc")) for noise, level in zip(NOISE, levels, strict=True) if level
-        ]
-        if len(scores) > 1:
-            by_noise.plot(list(scores), [100 * (value or 0) for value in scores.values()], **style)
+        scores_by_noise = {
+            n: level.mean("seen", "region_macc") for n, level in zip(NOISE, levels, strict=True) if level
+        }
+        if len(scores_by_noise) > 1:
+            by_noise.plot(list(scores_by_noise), [100 * (score or 0) for score in scores_by_noise.values()], **style)
     for axes, title in ((by_steps, "steps"), (by_time, "CPU seconds"), (by_noise, "label noise")):
         axes.set_xlabel(title)
         axes.set_ylabel("region mAcc in %, seen combinations")
