@@ -92,10 +92,20 @@ def _train(arguments: list[str]) -> int | None:
 
 
 def _eval(arguments: list[str]) -> None:
-    """Score encoders on regions, retrieval and grounding, side by side"""
+    """Score encoders side by side: opencloc eval [TASK ...] --data LOCATION --model FOLDER ..."""
+    from opencloc.eval.benchmarks import BENCHMARKS
     from opencloc.eval.run import EvalConfig, run_eval
+    from opencloc.eval.tasks import TASKS
 
-    run_eval(_parse(EvalConfig, arguments, "eval"))
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"{_eval.__doc__}\n\nTasks on any source (default: all four): {', '.join(TASKS).replace('_', '-')}")
+        print("Tasks on a public set, from its own files (docs/guides/evaluate.md):")
+        for name, benchmark in BENCHMARKS.items():
+            print(f"  {name:<20} {benchmark.help}")
+        print()
+    count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    tasks = ["--tasks", *arguments[:count]] if count else []
+    run_eval(_parse(EvalConfig, [*tasks, *arguments[count:]], "eval"))
 
 
 def _label(arguments: list[str]) -> int:

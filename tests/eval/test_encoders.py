@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, CLIPImageProcessor
 
-from opencloc.eval.encoders import ClocEncoder, CropEncoder, Encoder, RoiEncoder, crop, load_encoder
+from opencloc.boxes import crop
+from opencloc.eval.encoders import ClocEncoder, CropEncoder, Encoder, RoiEncoder, centre_square, load_encoder
 from opencloc.model.cloc import ClocConfig, ClocModel, ImageFeatures
 from opencloc.model.processor import ClocProcessor
 
@@ -135,6 +136,23 @@ def test_a_grounded_box_comes_back_in_the_frame_of_the_image(oracle: tuple[Any, 
     assert found[2].shape == (0, 4)
 
 
+@pytest.mark.parametrize("way", [ClocEncoder, RoiEncoder])
+def test_a_box_reaches_its_pixels_in_a_squashed_image(way: type, oracle: tuple[Any, ClocProcessor]) -> None:
+    encoder: Encoder = way(*oracle, name="oracle", view="squash")
+    images, boxes = zip(*(picture(size, boxes_in(size)) for size in SIZES), strict=True)
+    for regions in encoder.encode_regions(encoder.encode_images(images), boxes):
+        torch.testing.assert_close(regions, torch.eye(3), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(100, 40), (40, 100), (64, 64), (33, 31), (8, 500)])
+def test_the_centre_square_is_clips_own_preprocessing(size: tuple[int, int]) -> None:
+    random = np.random.default_rng(0)
+    image = Image.fromarray(random.integers(256, size=(size[1], size[0], 3), dtype=np.uint8))
+    clip: Any = CLIPImageProcessor(do_normalize=False, do_rescale=False, size={"shortest_edge": 32}, crop_size=32)
+    want = np.asarray(clip(image)["pixel_values"][0]).transpose(1, 2, 0)
+    np.testing.assert_array_equal(np.asarray(centre_square(image, 32)), want)
+
+
 # -- crops -------------------------------------------------------------------------------------------------------------
 
 
@@ -244,3 +262,5 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # types are checked in tests only
     with pytest.raises(ValueError, match=r"regions is 'box', must be one of prompter, crop, roi"):
         load_encoder(tmp_path, "box")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"view='centre' hides .* regions must be 'crop', not 'roi'"):
+        load_encoder(tmp_path, "roi", view="centre")

@@ -173,6 +173,14 @@ def test_scores_do_not_depend_on_how_much_is_held_at_a_time(at_once: int, monkey
     assert torch.equal(metrics.class_ranks(items, texts, labels), expected[1])
 
 
+def test_ranks_are_those_of_float32_under_autocast() -> None:
+    first, second = unit(2, 64, seed=0)
+    regions = F.normalize(torch.stack([first + 0.999 * second, 0.999 * first + second]), dim=-1)  # bfloat16 sees a tie
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ranks = metrics.class_ranks(regions, torch.stack([first, second]), torch.tensor([0, 1]))
+    assert ranks.tolist() == [1, 1]
+
+
 # -- known answers -----------------------------------------------------------------------------------------------------
 
 

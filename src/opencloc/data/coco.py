@@ -1,7 +1,8 @@
 """COCO-format JSON: images with boxes of named classes and human captions.
 
 Owns where the files of such a data set lie, and the checks of their content.  Boxes come in pixels and leave
-normalised; crowd annotations and empty boxes are left out and counted in `skipped`.
+normalised; crowd annotations and empty boxes are left out and counted in `skipped`.  LVIS has the same format but names
+its images by `coco_url` only: there an image's name is the last two parts of it, `val2017/000000397133.jpg`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,8 @@ from opencloc.data import files
 from opencloc.data.record import Record, decode_image
 from opencloc.data.sample import BadSample, Sample
 from opencloc.data.sidecar import SidecarRow, read_labels, with_labels
+
+CROWD, EMPTY_BOX = "crowd annotation", "empty box"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +51,8 @@ class Coco:
         self.config = config or CocoConfig()
         self.instances_path, self.captions_path, self.images_path = _find_files(location.rstrip("/"), self.config)
         self.skipped: Counter[str] = Counter()  # annotations left out, by reason
-        instances = _read_json(self.instances_path, ("images", "annotations", "categories"))
-        self._images = _images(instances["images"], self.instances_path)
+        instances = read_json(self.instances_path, ("images", "annotations", "categories"))
+        self._images = read_images(instances["images"], self.instances_path)
         rows = {image_id: row for row, (image_id, *_) in enumerate(self._images)}
         self._boxes, self._texts = self._read_boxes(instances, rows)
         self._captions = self._read_captions(rows)
@@ -93,28 +97,18 @@ class Coco:
     def _read_boxes(self, instances: dict[str, Any], rows: dict[int, int]) -> tuple[list[np.ndarray], list[tuple]]:
         """Boxes (R, 4) and region texts of every image."""
         path = self.instances_path
-        names = {_field(path, "category", one, "id", int): _field(path, "category", one, "name", str).strip()
-                 for one in instances["categories"]}  # fmt: skip
+        names = read_categories(instances["categories"], path)
         boxes: list[list[np.ndarray]] = [[] for _ in self._images]
         texts: list[list[str]] = [[] for _ in self._images]
         for annotation in instances["annotations"]:
-            row = _row_of(path, annotation, rows)
-            category = _field(path, "annotation", annotation, "category_id", int)
-            if category not in names:
-                known = f"{len(names)} categories have ids {min(names, default=0)} to {max(names, default=0)}"
-                raise ValueError(
-                    f"{path}: annotation {annotation.get('id')} has unknown category_id {category} ({known})"
-                )
+            row = row_of(path, annotation, rows)
+            category = category_of(path, annotation, names)
             if annotation.get("iscrowd"):
-                self.skipped["crowd annotation"] += 1
+                self.skipped[CROWD] += 1
                 continue
-            box_px = _field(path, "annotation", annotation, "bbox", list)
-            if len(box_px) != 4 or not all(isinstance(x, int | float) for x in box_px):
-                raise ValueError(f"{path}: annotation {annotation.get('id')}: bbox {box_px} is not 4 numbers")
-            _, _, width_px, height_px = self._images[row]
-            box = xywh_px_to_xyxy(np.asarray(box_px), width_px, height_px)
-            if box[2] <= box[0] or box[3] <= box[1]:
-                self.skipped["empty box"] += 1
+            box = read_box(path, annotation, self._images[row][2:])
+            if box is None:
+                self.skipped[EMPTY_BOX] += 1
                 continue
             boxes[row].append(box)
             texts[row].append(names[category])
@@ -124,9 +118,9 @@ class Coco:
         """Captions of every image."""
         captions: list[tuple[str, ...]] = [()] * len(self._images)
         if (path := self.captions_path) is not None:
-            for annotation in _read_json(path, ("annotations",))["annotations"]:
-                row = _row_of(path, annotation, rows)
-                caption = _field(path, "annotation", annotation, "caption", str).strip()
+            for annotation in read_json(path, ("annotations",))["annotations"]:
+                row = row_of(path, annotation, rows)
+                caption = field_of(path, "annotation", annotation, "caption", str).strip()
                 if caption:
                     captions[row] = (*captions[row], caption)
                 else:
@@ -164,7 +158,7 @@ def _splits(folder: str) -> list[str]:
     return [match[1] for name in names if (match := re.fullmatch(r"instances_([^.]+)\.json", name))]
 
 
-def _read_json(path: str, lists: tuple[str, ...]) -> dict[str, Any]:
+def read_json(path: str, lists: tuple[str, ...]) -> dict[str, Any]:
     """The object in a JSON file, whose fields `lists` are lists of objects; raises `ValueError` naming the file."""
     try:
         content = json.loads(files.read_bytes(path))
@@ -179,13 +173,16 @@ def _read_json(path: str, lists: tuple[str, ...]) -> dict[str, Any]:
     return content
 
 
-def _images(entries: list[dict[str, Any]], path: str) -> list[tuple[int, str, int, int]]:
+def read_images(entries: list[dict[str, Any]], path: str) -> list[tuple[int, str, int, int]]:
     """(id, file name, width, height in pixels) of every image."""
     images: dict[int, tuple[int, str, int, int]] = {}
     for entry in entries:
-        image_id = _field(path, "image", entry, "id", int)
-        name = _field(path, "image", entry, "file_name", str)
-        width_px, height_px = _field(path, "image", entry, "width", int), _field(path, "image", entry, "height", int)
+        image_id = field_of(path, "image", entry, "id", int)
+        name = _file_name(path, entry)
+        width_px, height_px = (
+            field_of(path, "image", entry, "width", int),
+            field_of(path, "image", entry, "height", int),
+        )
         if width_px < 1 or height_px < 1:
             raise ValueError(f"{path}: image {image_id} has {width_px} x {height_px} pixels")
         if image_id in images:
@@ -194,14 +191,47 @@ def _images(entries: list[dict[str, Any]], path: str) -> list[tuple[int, str, in
     return list(images.values())
 
 
-def _row_of(path: str, annotation: dict[str, Any], rows: dict[int, int]) -> int:
-    image_id = _field(path, "annotation", annotation, "image_id", int)
+def _file_name(path: str, entry: dict[str, Any]) -> str:
+    if "file_name" not in entry and "coco_url" in entry:
+        return "/".join(field_of(path, "image", entry, "coco_url", str).split("/")[-2:])
+    return field_of(path, "image", entry, "file_name", str)
+
+
+def read_categories(entries: list[dict[str, Any]], path: str) -> dict[int, str]:
+    """Names of the categories by id, in the order of the file."""
+    return {
+        field_of(path, "category", one, "id", int): field_of(path, "category", one, "name", str).strip()
+        for one in entries
+    }
+
+
+def category_of(path: str, annotation: dict[str, Any], names: Mapping[int, Any]) -> int:
+    """The category id of an annotation; raises `ValueError` if it is none of `names`."""
+    category = field_of(path, "annotation", annotation, "category_id", int)
+    if category not in names:
+        known = f"{len(names)} categories have ids {min(names, default=0)} to {max(names, default=0)}"
+        raise ValueError(f"{path}: annotation {annotation.get('id')} has unknown category_id {category} ({known})")
+    return category
+
+
+def read_box(path: str, annotation: dict[str, Any], size_px: tuple[int, int]) -> np.ndarray | None:
+    """The box (4,) of an annotation, clipped and normalised to the image of (width, height); None if it is empty."""
+    box_px = field_of(path, "annotation", annotation, "bbox", list)
+    if len(box_px) != 4 or not all(isinstance(x, int | float) for x in box_px):
+        raise ValueError(f"{path}: annotation {annotation.get('id')}: bbox {box_px} is not 4 numbers")
+    box = xywh_px_to_xyxy(np.asarray(box_px), *size_px)
+    return None if box[2] <= box[0] or box[3] <= box[1] else box
+
+
+def row_of(path: str, annotation: dict[str, Any], rows: Mapping[int, int]) -> int:
+    """The row of an annotation's image; raises `ValueError` if its `image_id` is none of `rows`."""
+    image_id = field_of(path, "annotation", annotation, "image_id", int)
     if image_id not in rows:
         raise ValueError(f"{path}: annotation {annotation.get('id')} has unknown image_id {image_id}")
     return rows[image_id]
 
 
-def _field(path: str, what: str, entry: dict[str, Any], name: str, kind: type) -> Any:
+def field_of(path: str, what: str, entry: dict[str, Any], name: str, kind: type) -> Any:
     """A field of the wanted type; raises `ValueError` naming file, entry and field."""
     value = entry.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):

@@ -6,8 +6,10 @@ Three ways to embed a region, so that any CLIP-like checkpoint can be scored wit
 * `CropEncoder`: every box cut out of the original image and encoded as an image of its own;
 * `RoiEncoder`: RoIAlign over the patch tokens, each pushed through the tower's own pooling into the joint space.
 
-Images and crops are letterboxed alike for every encoder.  This file owns the move of boxes from the image to the square
-that the model sees and back; it knows nothing of tasks or scores.
+By default images and crops are letterboxed alike for every encoder, so that all see the same pixels; a checkpoint that
+was trained on squashed or centre-cropped images can be shown those instead (`View`), as its own paper scored it.  This
+file owns the move of boxes from the image to the square that the model sees and back; it knows nothing of tasks or
+scores.
 
 Symbols: B images, P boxes or texts of one image, C texts, E width of the joint embedding.
 """
@@ -28,12 +30,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from opencloc.boxes import Letterbox
+from opencloc.boxes import Letterbox, crop
 from opencloc.model.cloc import ClocModel, ImageFeatures
 from opencloc.model.processor import ClocProcessor
 from opencloc.model.roi import roi_align
 
 RegionWay = Literal["prompter", "crop", "roi"]
+View = Literal["letterbox", "squash", "centre"]
 
 TEXTS_AT_ONCE = 256
 CROPS_AT_ONCE = 64
@@ -74,8 +77,9 @@ class Encoder(Protocol):
 class _Towers:
     """What the three share: a model in eval mode with its processor, and texts through its text tower."""
 
-    def __init__(self, model: ClocModel, processor: ClocProcessor, *, name: str) -> None:
+    def __init__(self, model: ClocModel, processor: ClocProcessor, *, name: str, view: View = "letterbox") -> None:
         self.name, self._model, self._processor = name, model, processor
+        self._view: View = view
 
     @property
     def device(self) -> torch.device:
@@ -89,7 +93,7 @@ class _Towers:
         return torch.cat(parts)
 
     def _encode_squares(self, images: Sequence[Image.Image]) -> tuple[ImageFeatures, list[Letterbox]]:
-        pixels, letterboxes = self._processor.letterbox(images)
+        pixels, letterboxes = _see(self._processor, images, self._view)
         return self._model.encode_image(pixels.to(self.device)), letterboxes
 
 
@@ -170,19 +174,30 @@ class RoiEncoder(_Towers):
 
 
 def load_encoder(
-    path: str | Path, regions: RegionWay, *, name: str | None = None, device: str | torch.device = "cpu"
+    path: str | Path,
+    regions: RegionWay,
+    *,
+    name: str | None = None,
+    device: str | torch.device = "cpu",
+    view: View = "letterbox",
 ) -> Encoder:
     """The encoder in a folder: a CLOC checkpoint, or a CLIP, SigLIP or SigLIP 2 one in transformers' format.
 
-    `regions` says how boxes are embedded; `prompter` needs a CLOC checkpoint.  The name defaults to the folder's and
-    the way.  Nothing is fetched.  Raises ValueError for anything else, naming the folder and what is possible.
+    `regions` says how boxes are embedded; `prompter` needs a CLOC checkpoint.  `view` says how an image (or crop)
+    becomes the square that the model sees: `letterbox`; `squash`, both sides resized, as SigLIP does; `centre`, the
+    short side resized and the middle taken, as CLIP does, which regions can't be pooled from.  The name defaults to the
+    folder's and the way.  Nothing is fetched.  Raises ValueError for anything else, naming the folder and what is
+    possible.
     """
     folder = Path(path)
-    if regions not in get_args(RegionWay):
-        raise ValueError(f"regions is {regions!r}, must be one of {', '.join(get_args(RegionWay))}")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no checkpoint folder: there is no config.json in it")
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    for what, value, kind in (("regions", regions, RegionWay), ("view", view, View)):
+        if value not in get_args(kind):
+            raise ValueError(f"{what} is {value!r}, must be one of {', '.join(get_args(kind))}")
+    if view == "centre" and regions != "crop":
+        raise ValueError(
+            f"view='centre' hides what lies at the edges of an image: regions must be 'crop', not {regions!r}"
+        )
+    kind = model_type(folder)
     model: Any  # transformers' wrappers hide the types of `to` and `float`
     if kind == "cloc":
         model, processor = ClocModel.from_pretrained(folder), ClocProcessor.from_pretrained(folder)
@@ -195,19 +210,38 @@ def load_encoder(
         model, processor = ClocModel.from_clip(folder), ClocProcessor.from_clip(folder)
     model.eval().float()  # checkpoints in half precision too: the run says what it computes in
     encoder = {"prompter": ClocEncoder, "crop": CropEncoder, "roi": RoiEncoder}[regions]
-    return encoder(model.to(device), processor, name=name or f"{folder.resolve().name}, {regions}")
+    return encoder(model.to(device), processor, name=name or f"{folder.resolve().name}, {regions}", view=view)
 
 
-def crop(image: Image.Image, box: np.ndarray) -> Image.Image:
-    """The box (4,), normalised to the image, cut out at whole pixels: rounded to the nearest, at least one each way."""
-    left, right = _whole_pixels(float(box[0]), float(box[2]), image.width)
-    top, bottom = _whole_pixels(float(box[1]), float(box[3]), image.height)
-    return image.crop((left, top, right, bottom))
+def model_type(folder: Path) -> str | None:
+    """What a checkpoint's config.json says it is: `cloc`, `clip`, `siglip`, ...; raises ValueError if there is none."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no checkpoint folder: there is no config.json in it")
+    return json.loads((folder / "config.json").read_text()).get("model_type")
 
 
-def _whole_pixels(low: float, high: float, size_px: int) -> tuple[int, int]:
-    first = min(max(round(low * size_px), 0), size_px - 1)
-    return first, min(max(round(high * size_px), first + 1), size_px)
+def _see(
+    processor: ClocProcessor, images: Sequence[Image.Image], view: View
+) -> tuple[Float[Tensor, "B 3 S S"], list[Letterbox]]:
+    """Normalised pixels of the square that the model sees, and for each image where it lies in the square."""
+    if view == "letterbox":
+        return processor.letterbox(images)
+    side = processor.image_size
+    if view == "squash":
+        squares = [image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC) for image in images]
+    else:
+        squares = [centre_square(image, side) for image in images]
+    fills = Letterbox(width_px=1, height_px=1)  # squashed, an image fills the square; of `centre` no boxes are asked
+    return processor.normalize(np.stack([np.asarray(square) for square in squares])), [fills] * len(squares)
+
+
+def centre_square(image: Image.Image, side_px: int) -> Image.Image:
+    """The middle of the image after its short side was resized (bicubic) to `side_px`: CLIP's own preprocessing."""
+    short = min(image.size)
+    width, height = (max(side_px, int(side_px * length / short)) for length in image.size)
+    left, top = (width - side_px) // 2, (height - side_px) // 2
+    resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    return resized.crop((left, top, left + side_px, top + side_px))
 
 
 def _to_square(boxes: np.ndarray, letterbox: Letterbox, device: torch.device) -> Float[Tensor, "P 4"]:

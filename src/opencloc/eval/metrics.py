@@ -193,13 +193,18 @@ def best_hit_ranks(
     return ranks
 
 
+def cosines(a: Float[Tensor, "A E"], b: Float[Tensor, "B E"]) -> Float[Tensor, "A B"]:
+    """Products of every row with every row in float32, whatever autocast is on; cosines where rows are normalised."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a.float() @ b.float().T
+
+
 def _score_rows(queries: Tensor, gallery: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """The score matrix in bands of whole rows: (rows, scores (rows, G) in float32)."""
     step = max(1, SCORES_AT_ONCE // max(1, len(gallery)))
-    columns = gallery.float().T
     for start in range(0, len(queries), step):
         rows = slice(start, min(start + step, len(queries)))
-        yield rows, queries[rows].float() @ columns
+        yield rows, cosines(queries[rows], gallery)
 
 
 def _not_below(scores: Tensor, own: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from opencloc.eval.metrics import SIZE_LIMITS, Accuracy, Recall
+from opencloc.eval.protocols import Result
 from opencloc.eval.tasks import Evaluation, Prediction
 
 CURVES = {"image_text": "Image-text loss", "region_text": "Region-text loss", "grounding": "Grounding loss"}
@@ -41,23 +42,49 @@ class Row:
     label: str
     values: tuple[float | None, ...]  # in [0, 1], one per encoder; None where it was not measured
     of: str  # the denominator in words
+    intervals: tuple[tuple[float, float] | None, ...] = ()  # of each value, where there are any
 
 
-def to_json(evaluations: Sequence[Evaluation]) -> str:
-    """The evaluations as strict JSON, scores in [0, 1]; a score without a denominator is null."""
-    return json.dumps([_plain(asdict(e)) for e in evaluations], indent=2, allow_nan=False) + "\n"
+def to_json(evaluations: Sequence[Evaluation], results: Sequence[Result] = ()) -> str:
+    """Evaluations and results as one strict JSON list, scores in [0, 1]; a score without a denominator is null."""
+    return json.dumps([_plain(asdict(e)) for e in (*evaluations, *results)], indent=2, allow_nan=False) + "\n"
 
 
-def to_markdown(evaluations: Sequence[Evaluation]) -> str:
-    """One Markdown table with a column per encoder and the denominators, then what was left out."""
-    names = [_cell(e.encoder) for e in evaluations]
+def to_markdown(evaluations: Sequence[Evaluation], results: Sequence[Result] = ()) -> str:
+    """One Markdown table with a column per encoder and the denominators, then the rules and what was left out."""
+    encoders = list(dict.fromkeys(part.encoder for part in (*evaluations, *results)))
     lines = [
-        f"| score in % | {' | '.join(names)} | of |",
-        f"|---|{'---:|' * len(names)}---|",
-        *(_markdown_line(row) for row in rows(evaluations)),
+        f"| score in % | {' | '.join(map(_cell, encoders))} | of |",
+        f"|---|{'---:|' * len(encoders)}---|",
+        *map(_markdown_line, rows(evaluations)),
+        *map(_markdown_line, result_rows(results, encoders)),
     ]
-    left_out = [f"* {_cell(line)}" for line in skipped(evaluations)]
-    return "\n".join([*lines, *(["", "Left out:", "", *left_out] if left_out else [])]) + "\n"
+    if results:
+        rules = dict.fromkeys(f"* {_cell(result.task)}: {_cell(result.rules)}" for result in results)
+        lines += ["", "In brackets: 95 % intervals, bootstrap over images. Rules:", "", *rules]
+    if left_out := [f"* {_cell(line)}" for line in (*skipped(evaluations), *_left_out(results))]:
+        lines += ["", "Left out:", "", *left_out]
+    return "\n".join(lines) + "\n"
+
+
+def result_rows(results: Sequence[Result], encoders: Sequence[str]) -> list[Row]:
+    """Every score of every set in a fixed order, with a value for each of `encoders` that has it."""
+    table: list[Row] = []
+    for task in dict.fromkeys(result.task for result in results):
+        by_encoder = {result.encoder: result.scores for result in results if result.task == task}
+        for key in dict.fromkeys(key for scores in by_encoder.values() for key in scores):
+            scores = [by_encoder.get(encoder, {}).get(key) for encoder in encoders]
+            measured = [score for score in scores if score is not None]
+            table.append(
+                Row(
+                    group=task,
+                    label=measured[0].label,
+                    values=tuple(score and score.value for score in scores),
+                    of=" / ".join(dict.fromkeys(score.of for score in measured)),
+                    intervals=tuple(score and (score.low, score.high) for score in scores),
+                )
+            )
+    return table
 
 
 def rows(evaluations: Sequence[Evaluation]) -> list[Row]:
@@ -311,8 +338,24 @@ def _one_or_more(counts: Any) -> str:
     return " / ".join(dict.fromkeys(f"{count:,}" for count in counts))
 
 
+def _left_out(results: Sequence[Result]) -> list[str]:
+    """As `skipped`, of results."""
+    sentences: dict[str, list[str]] = {}
+    for result in results:
+        for reason, count in result.left_out.items():
+            sentences.setdefault(f"{result.task}: {reason} ({count:,})", []).append(result.encoder)
+    encoders = {result.encoder for result in results}
+    return [line if set(names) == encoders else f"{line}: {'; '.join(names)}" for line, names in sentences.items()]
+
+
 def _markdown_line(row: Row) -> str:
-    return f"| {row.group}: {row.label} | {' | '.join(map(percent, row.values))} | {row.of} |"
+    intervals = row.intervals or (None,) * len(row.values)
+    values = [percent(value) + _bounds(bounds) for value, bounds in zip(row.values, intervals, strict=True)]
+    return f"| {row.group}: {row.label} | {' | '.join(values)} | {row.of} |"
+
+
+def _bounds(bounds: tuple[float, float] | None) -> str:
+    return "" if bounds is None or math.isnan(bounds[0]) else f" ({percent(bounds[0])} to {percent(bounds[1])})"
 
 
 def _cell(text: str) -> str:

@@ -4,8 +4,6 @@ This file owns the protocols: what is a query, what is a candidate, what is left
 `metrics.py`, encoders in `encoders.py`, tables in `report.py`.  One pass over the samples; each image is encoded once,
 whatever the number of its boxes and tasks, and each distinct text once per run.
 
-Texts are compared and encoded in lower case with single spaces (`canonical`), so "Dog" and "dog" are one text.
-
 Symbols: B images in a batch, P boxes or texts of one image, E width of the joint embedding.
 """
 
@@ -13,7 +11,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, get_args
@@ -28,16 +25,15 @@ from opencloc.boxes import area, iou
 from opencloc.data.sample import Sample
 from opencloc.eval import metrics
 from opencloc.eval.encoders import Encoder
+from opencloc.eval.texts import NO_CLASSES, Dtype, TextBank, canonical, check_names, inference
 
 Task = Literal["region_recognition", "region_retrieval", "image_retrieval", "grounding"]
-Dtype = Literal["float32", "bfloat16"]
 TASKS: tuple[Task, ...] = get_args(Task)
 
 NO_REGIONS = "image without regions"
 NO_CAPTIONS = "image without captions"
 UNKNOWN_CLASS = "region text is not among the class names"
 AMBIGUOUS = "text names several regions of its image"
-NO_CLASSES = "no class names to choose from"
 CANNOT_GROUND = "this encoder cannot ground"
 
 
@@ -78,11 +74,6 @@ class Prediction:
     grounded: tuple[Grounded, ...]  # empty if the encoder cannot ground
 
 
-def canonical(text: str) -> str:
-    """The text in lower case, runs of white space as one space."""
-    return " ".join(text.lower().split())
-
-
 def evaluate(
     encoder: Encoder,
     samples: Iterable[Sample],
@@ -105,14 +96,14 @@ def evaluate(
     are no samples.
     """
     _check_arguments(tasks, batch_size, dtype)
-    names = None if class_names is None else _check_names(class_names)
-    bank, collected = _TextBank(encoder), _Collected()
+    names = None if class_names is None else check_names(class_names)
+    bank, collected = TextBank(encoder), _Collected()
     if progress:
         total = len(samples) if isinstance(samples, Sized) else None
         console = Console(stderr=True)
         hidden = not console.is_terminal
         samples = track(samples, f"evaluating {encoder.name}", total=total, console=console, disable=hidden)
-    with _inference(encoder, dtype):
+    with inference(encoder, dtype):
         classes = None if names is None else bank.ids(names)
         for batch in _batches(samples, batch_size):
             _collect(encoder, batch, tasks, bank, collected)
@@ -135,8 +126,8 @@ def predict(
         raise ValueError(NO_CLASSES)
     if not samples:
         return []
-    with _inference(encoder, dtype):
-        bank = _TextBank(encoder)
+    with inference(encoder, dtype):
+        bank = TextBank(encoder)
         classes = bank.embeddings(bank.ids(names))
         encoded = encoder.encode_images([sample.image for sample in samples])
         regions = encoder.encode_regions(encoded, [sample.boxes for sample in samples])
@@ -145,7 +136,7 @@ def predict(
         found = encoder.ground(encoded, [bank.embeddings(i) for i in ids])
     predictions = []
     for i, sample in enumerate(samples):
-        said = [names[j] for j in (regions[i].float() @ classes.T).argmax(1).tolist()]
+        said = [names[j] for j in metrics.cosines(regions[i], classes).argmax(1).tolist()]
         grounded = []
         if found is not None:
             for row, box in zip(queries[i], found[i].float().cpu(), strict=True):
@@ -194,35 +185,8 @@ class _Collected:
             self.skipped.setdefault(task, Counter())[reason] += count
 
 
-class _TextBank:
-    """Embeddings of texts, each distinct canonical text encoded once."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
-        self._ids: dict[str, int] = {}
-        self._rows: list[Tensor] = []
-
-    def ids(self, texts: Iterable[str]) -> list[int]:
-        """Numbers of the texts; the new ones are encoded together."""
-        texts = [canonical(text) for text in texts]
-        new = [text for text in dict.fromkeys(texts) if text not in self._ids]
-        if new:
-            self._ids |= {text: len(self._ids) + i for i, text in enumerate(new)}
-            self._rows += self._encoder.encode_texts(new).float().unbind()
-        return [self._ids[text] for text in texts]
-
-    def ids_per_image(self, texts: Sequence[Sequence[str]]) -> list[list[int]]:
-        """Numbers of each image's texts; the new ones of all images are encoded together."""
-        self.ids(text for of_image in texts for text in of_image)
-        return [self.ids(of_image) for of_image in texts]
-
-    def embeddings(self, ids: Sequence[int]) -> Tensor:
-        """Embeddings (P, E) by number; (0, 0) for none."""
-        return torch.stack([self._rows[i] for i in ids]) if ids else torch.zeros(0, 0)
-
-
 def _collect(
-    encoder: Encoder, batch: Sequence[Sample], tasks: Sequence[Task], bank: _TextBank, collected: _Collected
+    encoder: Encoder, batch: Sequence[Sample], tasks: Sequence[Task], bank: TextBank, collected: _Collected
 ) -> None:
     """One batch: encode its images once, then what each task needs of them."""
     collected.images += len(batch)
@@ -274,7 +238,7 @@ def _unambiguous(texts: Sequence[str]) -> list[int]:
 
 
 def _score(
-    tasks: Sequence[Task], classes: Sequence[int] | None, bank: _TextBank, collected: _Collected
+    tasks: Sequence[Task], classes: Sequence[int] | None, bank: TextBank, collected: _Collected
 ) -> dict[str, Any]:
     """The scores of an `Evaluation` and what was skipped; `classes` are numbers in the bank."""
     scores: dict[str, Any] = {}
@@ -292,7 +256,7 @@ def _score(
 
 
 def _score_recognition(
-    classes: Sequence[int] | None, bank: _TextBank, collected: _Collected
+    classes: Sequence[int] | None, bank: TextBank, collected: _Collected
 ) -> metrics.RegionRecognition | None:
     """None where not one region has a text among the class names."""
     ids = sorted(set(collected.region_texts)) if classes is None else classes
@@ -307,7 +271,7 @@ def _score_recognition(
     return metrics.region_recognition(regions, bank.embeddings(ids), labels, areas)
 
 
-def _score_retrieval(items: Tensor, pairs: Sequence[tuple[int, int]], bank: _TextBank) -> metrics.Retrieval:
+def _score_retrieval(items: Tensor, pairs: Sequence[tuple[int, int]], bank: TextBank) -> metrics.Retrieval:
     """Retrieval between items and the texts they are paired with; `pairs` are (item, number in the bank)."""
     ids = sorted({text for _, text in pairs})
     place = {text: row for row, text in enumerate(ids)}
@@ -328,23 +292,6 @@ def _check_arguments(tasks: Sequence[str], batch_size: int, dtype: str) -> None:
         raise ValueError(f"batch_size is {batch_size}, must be >= 1")
     if dtype not in get_args(Dtype):
         raise ValueError(f"dtype is {dtype!r}, must be one of {', '.join(get_args(Dtype))}")
-
-
-def _check_names(class_names: Sequence[str]) -> list[str]:
-    """The names in canonical form.  Raises ValueError if there is none, or two are the same."""
-    count = Counter(map(canonical, class_names))
-    if not count:
-        raise ValueError(NO_CLASSES)
-    if twice := [name for name, times in count.items() if times > 1]:
-        raise ValueError(f"class names appear twice (case and spacing aside): {', '.join(twice[:5])}")
-    return list(count)
-
-
-@contextmanager
-def _inference(encoder: Encoder, dtype: Dtype) -> Iterator[None]:
-    autocast = torch.autocast(encoder.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
-    with torch.inference_mode(), autocast:
-        yield
 
 
 def _batches(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:

@@ -1,0 +1,83 @@
+"""TextBank: embeddings of texts, each distinct text encoded once per run.
+
+Texts are compared and encoded in lower case with single spaces (`canonical`), so "Dog" and "dog" are one text.
+
+Symbols: C texts or classes, E width of the joint embedding.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from opencloc.eval.encoders import Encoder
+
+Dtype = Literal["float32", "bfloat16"]
+NO_CLASSES = "no class names to choose from"
+CLASSES_AT_ONCE = 16  # classes whose templates are encoded together
+
+
+def canonical(text: str) -> str:
+    """The text in lower case, runs of white space as one space."""
+    return " ".join(text.lower().split())
+
+
+class TextBank:
+    """Embeddings of texts by number, each distinct canonical text encoded once."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._ids: dict[str, int] = {}
+        self._rows: list[Tensor] = []
+
+    def ids(self, texts: Iterable[str]) -> list[int]:
+        """Numbers of the texts; the new ones are encoded together."""
+        texts = [canonical(text) for text in texts]
+        new = [text for text in dict.fromkeys(texts) if text not in self._ids]
+        if new:
+            self._ids |= {text: len(self._ids) + i for i, text in enumerate(new)}
+            self._rows += self._encoder.encode_texts(new).float().unbind()
+        return [self._ids[text] for text in texts]
+
+    def ids_per_image(self, texts: Sequence[Sequence[str]]) -> list[list[int]]:
+        """Numbers of each image's texts; the new ones of all images are encoded together."""
+        self.ids(text for of_image in texts for text in of_image)
+        return [self.ids(of_image) for of_image in texts]
+
+    def embeddings(self, ids: Sequence[int]) -> Tensor:
+        """Embeddings (P, E) by number; (0, 0) for none."""
+        return torch.stack([self._rows[i] for i in ids]) if ids else torch.zeros(0, 0)
+
+
+def check_names(class_names: Sequence[str]) -> list[str]:
+    """The names in canonical form.  Raises ValueError if there is none, or two are the same."""
+    count = Counter(map(canonical, class_names))
+    if not count:
+        raise ValueError(NO_CLASSES)
+    if twice := [name for name, times in count.items() if times > 1]:
+        raise ValueError(f"class names appear twice (case and spacing aside): {', '.join(twice[:5])}")
+    return list(count)
+
+
+def template_embeddings(encoder: Encoder, names: Sequence[str], templates: Sequence[str]) -> Float[Tensor, "C E"]:
+    """Of each class the normalised mean of its name's embeddings in all templates (CLIP paper, section 3.1.4)."""
+    rows = []
+    for i in range(0, len(names), CLASSES_AT_ONCE):
+        texts = [canonical(t.replace("{}", name)) for name in names[i : i + CLASSES_AT_ONCE] for t in templates]
+        rows.append(encoder.encode_texts(texts).float().unflatten(0, (-1, len(templates))).mean(1))
+    return F.normalize(torch.cat(rows), dim=-1)
+
+
+@contextmanager
+def inference(encoder: Encoder, dtype: Dtype) -> Iterator[None]:
+    """No gradients, and the encoder under autocast if `dtype` says so."""
+    autocast = torch.autocast(encoder.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+    with torch.inference_mode(), autocast:
+        yield
