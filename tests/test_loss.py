@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from opencloc.boxes import giou
 from opencloc.config import LossConfig
-from opencloc.loss import cloc_loss, grounding_loss, image_text_loss, negative_pairs, region_text_loss
+from opencloc.loss import cloc_loss, grounding_loss, image_text_loss, region_text_loss
 from opencloc.model.cloc import ClocOutput
 
 SCALE = torch.tensor(10.0, dtype=torch.float64)
@@ -19,6 +20,15 @@ SCALE = torch.tensor(10.0, dtype=torch.float64)
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(*shape, dtype=torch.float64, generator=generator), dim=-1)
+
+
+def region_loss(
+    region: torch.Tensor, text: torch.Tensor, text_hash: torch.Tensor, valid: torch.Tensor, **changes: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """L_CLOC of one region per image."""
+    return region_text_loss(
+        region[:, None], text[:, None], SCALE, valid[:, None], text_hash[:, None], LossConfig(**changes)
+    )
 
 
 def slow_region_text(
@@ -48,8 +58,7 @@ def test_region_text_loss_equals_a_slow_loop_with_the_published_filter(seed: int
     hashes = list(range(12))
     hashes[7] = hashes[5]
     valid = [i % 4 != 1 or i == 5 for i in range(12)]
-    negatives = negative_pairs(text, torch.tensor(hashes), torch.tensor(valid), mode="similar", threshold=0.99)
-    got = region_text_loss(region, text, SCALE, negatives, torch.tensor(valid))
+    got, _ = region_loss(region, text, torch.tensor(hashes), torch.tensor(valid), conflict_threshold=0.99)
     # mean + 3 sd of these random texts is above 0.99 only if nothing is filtered: check which rule is in force
     rows = torch.tensor(valid)
     pairs = rows[:, None] & rows[None] & (torch.tensor(hashes)[:, None] != torch.tensor(hashes)[None])
@@ -58,48 +67,26 @@ def test_region_text_loss_equals_a_slow_loop_with_the_published_filter(seed: int
     assert got.item() == pytest.approx(slow_region_text(region, text, hashes, valid, threshold), abs=1e-9)
 
 
-def test_published_threshold_rules_once_texts_have_spread_out() -> None:
-    text = unit(200, 64)
-    text[1] = F.normalize(text[0] + 0.05 * text[2], dim=-1)
-    negatives = negative_pairs(text, torch.arange(200), torch.ones(200, dtype=torch.bool), mode="similar")
-    assert not negatives[0, 1]
-    assert negatives.sum() == 200 * 199 - 2
-
-
-@pytest.mark.parametrize("spread", [0.0, 1e-3, 0.05, 0.3, 1.0, 10.0])
-@pytest.mark.parametrize("clusters", [1, 2, 7])
-def test_filter_never_erases_more_than_a_tenth_of_the_negatives(spread: float, clusters: int) -> None:
-    """An untrained text tower finds everything similar: the published rule alone would erase all."""
-    centres = unit(clusters, 16, seed=1)[torch.arange(120) % clusters]
-    text = F.normalize(centres + spread * unit(120, 16, seed=2), dim=-1)
-    negatives = negative_pairs(text, torch.arange(120), torch.ones(120, dtype=torch.bool), mode="similar")
-    assert negatives.sum() >= 0.9 * 120 * 119
-
-
-def test_identical_texts_are_never_negatives_and_the_diagonal_never_is() -> None:
-    hashes = torch.tensor([1, 2, 1, 3])
-    for mode in ("similar", "identical"):
-        negatives = negative_pairs(unit(4, 8), hashes, torch.ones(4, dtype=torch.bool), mode=mode)
-        assert not negatives[0, 2]
-        assert not negatives[2, 0]
-        assert not negatives.diagonal().any()
-        assert negatives[0, 1]
+@pytest.mark.parametrize(("conflict_filter", "left_out"), [("none", 0), ("identical", 2), ("similar", 4)])
+def test_filter_leaves_out_identical_and_similar_texts_only_when_asked(conflict_filter: Any, left_out: int) -> None:
+    text = unit(60, 16)
+    text[1] = text[0]
+    text[3] = F.normalize(text[2] + 0.05 * text[4], dim=-1)
+    hashes = torch.arange(60)
+    hashes[1] = hashes[0]
+    _, share = region_loss(unit(60, 16, seed=1), text, hashes, torch.ones(60).bool(), conflict_filter=conflict_filter)
+    assert share.item() == pytest.approx(left_out / (60 * 59))
 
 
 def test_invalid_regions_change_neither_loss_nor_gradients() -> None:
     region, text = unit(6, 8).requires_grad_(), unit(6, 8, seed=1).requires_grad_()
     valid = torch.tensor([True, True, False, True, False, True])
     keep = valid.nonzero().flatten()
-
-    def loss(rows: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        negatives = negative_pairs(text[rows], rows, v, mode="identical")
-        return region_text_loss(region[rows], text[rows], SCALE, negatives, v)
-
-    whole = loss(torch.arange(6), valid)
+    whole, whole_share = region_loss(region, text, torch.arange(6), valid)
     whole_grad = torch.autograd.grad(whole, (region, text))
-    part = loss(keep, torch.ones(4, dtype=torch.bool))
+    part, part_share = region_loss(region[keep], text[keep], keep, torch.ones(4).bool())
     part_grad = torch.autograd.grad(part, (region, text))
-    torch.testing.assert_close(whole, part)
+    torch.testing.assert_close((whole, whole_share), (part, part_share))
     for a, b in zip(whole_grad, part_grad, strict=True):
         torch.testing.assert_close(a, b)
         assert (a[~valid] == 0).all()
@@ -108,9 +95,7 @@ def test_invalid_regions_change_neither_loss_nor_gradients() -> None:
 def test_no_valid_region_at_all_gives_zero_and_finite_gradients() -> None:
     region = unit(4, 8).requires_grad_()
     valid = torch.zeros(4, dtype=torch.bool)
-    loss = region_text_loss(
-        region, unit(4, 8), SCALE, negative_pairs(unit(4, 8), torch.arange(4), valid, mode="similar"), valid
-    )
+    loss, _ = region_loss(region, unit(4, 8), torch.arange(4), valid)
     loss.backward()
     assert loss == 0
     assert torch.isfinite(region.grad).all()  # pyright: ignore[reportArgumentType]

@@ -137,7 +137,7 @@ def letterbox_image(image: Image.Image, size_px: int) -> Image.Image:
     The image is placed with sub-pixel accuracy at the very place `Letterbox.to_square` says: the resampled content
     covers the exact (unrounded) rectangle, bars cover the rest.
     """
-    image = image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")  # which copies even what is RGB
     width, height = image.size
     if width == height:
         return image.resize((size_px, size_px), Image.Resampling.BICUBIC)

@@ -97,7 +97,12 @@ class DataConfig(Strict):
     num_regions: int = 4
     """M, regions sampled per image (paper: 4)."""
     num_workers: int = 1
-    """Loader processes; 0 loads in the training process."""
+    """Loader processes of every rank; 0 loads in the training process."""
+    lanes: int = 16
+    """Stretches of an epoch read at once: of tars, at least as many are in use, and as many ranks can read different
+    ones.  On several machines a multiple of their number, and a divisor of batch_size."""
+    max_skipped_share: float = 0.05
+    """Share of unusable samples (broken image, missing shard, no label, ...) past which the run stops."""
 
     def __post_init__(self) -> None:
         _check(len(self.train) > 0, "data.train", self.train, "at least one source")
@@ -109,6 +114,8 @@ class DataConfig(Strict):
         )
         _check(self.num_regions >= 1, "data.num_regions", self.num_regions, ">= 1")
         _check(self.num_workers >= 0, "data.num_workers", self.num_workers, ">= 0")
+        _check(self.lanes >= 1, "data.lanes", self.lanes, ">= 1")
+        _check(0 <= self.max_skipped_share <= 1, "data.max_skipped_share", self.max_skipped_share, "in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,14 +172,22 @@ class TrainConfig(Strict):
     optim: OptimConfig = field(default_factory=OptimConfig)
     steps: int = 439_087
     batch_size: int = 32_768
-    """Images per step: the contrastive batch, whole whatever `micro_batch_size`."""
+    """Images per step: the contrastive batch, whole whatever `micro_batch_size` and the number of ranks."""
     micro_batch_size: int | None = None
-    """Images per forward and backward pass; None: the whole batch at once."""
+    """Images per forward and backward pass of a rank; None: its whole share of the batch at once."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast type of the forward pass; weights and losses are always fp32.  `auto`: bf16 where the hardware has it
     (GPUs; CPUs with AVX512-BF16 or AMX), fp32 elsewhere: emulated bf16 is a hundred times slower."""
+    compile: bool = False
+    """Compile the towers' layers and the Prompter with torch.compile: faster steps after minutes of compilation."""
+    activation_checkpointing: bool = False
+    """Keep no activations inside the towers' layers and compute them again in the backward pass: a third more work,
+    far less memory."""
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: every rank holds the whole model (`ddp`), or its share of every matrix and of the optimizer's
+    state (`fsdp`).  The result is the same."""
     device: str = "auto"
-    """`auto` (cuda if there is one), `cpu`, `cuda`, `cuda:1`, ..."""
+    """`auto` (cuda if there is one), `cpu`, `cuda`, `cuda:1`, ...  Under torchrun each rank takes its own GPU."""
     seed: int = 0
     """Of the weights, the order of samples and all sampling."""
     log_every: int = 10

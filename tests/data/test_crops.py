@@ -9,6 +9,7 @@ from PIL import Image
 from opencloc.data.crops import Crops, CropsConfig
 from opencloc.data.sample import BadSample, Sample
 from opencloc.data.scenes import SceneConfig, Scenes
+from opencloc.data.source import open_source
 
 
 class Listed:
@@ -70,3 +71,12 @@ def test_a_sample_without_regions_is_a_bad_sample() -> None:
 def test_numbers_below_zero_are_refused() -> None:
     with pytest.raises(IndexError, match="-1"):
         Crops(Listed(halves()), CropsConfig())[-1]
+
+
+def test_crops_of_any_source_are_opened_by_name() -> None:
+    crops = open_source("crops:scenes:easy?seed=3?seed=5", image_px=32)
+    scenes = Scenes(SceneConfig(mode="easy", seed=3, image_px=128))
+    assert isinstance(crops, Crops)
+    assert crops.config == CropsConfig(seed=5)
+    assert crops[7].captions[0] in scenes[7].texts
+    assert crops[7].image.width > 16

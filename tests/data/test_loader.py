@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -12,17 +15,19 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from opencloc.boxes import Letterbox
+from opencloc.data import loader
+from opencloc.data.batch import Batch
 from opencloc.data.loader import (
     BLOCK,
-    Batch,
+    MIN_DRAWN,
     TrainingExamples,
+    _Rows,
+    check_skipped,
     choose_caption,
-    collate,
-    text_identity,
     training_batches,
 )
 from opencloc.data.sample import BadSample, Sample
+from opencloc.data.shards import Shards
 from opencloc.model.processor import ClocProcessor
 
 
@@ -45,10 +50,25 @@ class Numbered:
         )
 
 
+class NumberedTars(Numbered, Shards):
+    """The same as tars of some samples each."""
+
+    def __init__(self, counts: Sequence[int], num_regions: int = 3, bad: frozenset[int] = frozenset()) -> None:
+        super().__init__(sum(counts), num_regions, bad)
+        self.counts = np.array(counts)
+        self.urls = [f"{tar}.tar" for tar in range(len(counts))]
+        self.asked: list[int] = []
+
+    size = None  # type: ignore[assignment]  # an attribute here, a property there
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        self.asked += shards
+
+
 def examples(
-    *sources: Numbered, weights: tuple[float, ...] = (), num_regions: int = 2, seed: int = 0
+    *sources: Numbered, weights: tuple[float, ...] = (), num_regions: int = 2, seed: int = 0, lanes: int = 4
 ) -> TrainingExamples:
-    return TrainingExamples(sources, weights, num_regions=num_regions, image_size=16, seed=seed)
+    return TrainingExamples(sources, weights, num_regions=num_regions, image_size=16, seed=seed, lanes=lanes)
 
 
 @pytest.fixture
@@ -56,22 +76,81 @@ def processor(tokenizer: PreTrainedTokenizerFast) -> ClocProcessor:
     return ClocProcessor(tokenizer, image_size=16, max_text_length=16)
 
 
-@given(size=st.integers(1, 60), seed=st.integers(0, 5))
-def test_every_sample_comes_once_per_epoch(size: int, seed: int) -> None:
+@given(size=st.integers(1, 60), seed=st.integers(0, 5), epoch=st.integers(0, 3))
+def test_every_sample_comes_once_per_epoch(size: int, seed: int, epoch: int) -> None:
     stream = examples(Numbered(size), seed=seed)
-    # positions of one source run through it in blocks: after BLOCK positions every epoch inside is complete
-    numbers = [stream.locate(p)[1] for p in range(BLOCK)]
-    counts = Counter(numbers)
-    assert set(counts) == set(range(size))
-    assert max(counts.values()) - min(counts.values()) <= 1
+    numbers = [stream.locate(p)[1] for p in range(epoch * size, (epoch + 1) * size)]
+    assert sorted(numbers) == list(range(size))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    orders = [
+        tuple(examples(Numbered(50), seed=seed).locate(epoch * 50 + p)[1] for p in range(50))
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    ]
+    assert len(set(orders)) == 4
 
 
 def test_sources_are_drawn_in_exactly_their_shares() -> None:
-    stream = examples(Numbered(None), Numbered(7), weights=(3.0, 1.0))
-    which = Counter(stream.locate(p)[0] for p in range(2 * BLOCK))
-    assert which == {0: 1500, 1: 500}
-    endless = [n for w, n in map(stream.locate, range(2 * BLOCK)) if w == 0]
-    assert sorted(endless) == list(range(1500))
+    stream = examples(Numbered(None), Numbered(7), weights=(3.0, 1.0), lanes=2)
+    drawn = [stream.locate(p) for p in range(2 * BLOCK)]
+    assert Counter(which for which, _ in drawn) == {0: 1500, 1: 500}
+    assert sorted(n for which, n in drawn if which == 0) == list(range(1500))
+    small = Counter(n for which, n in drawn if which == 1)
+    assert set(small) == set(range(7))
+    assert max(small.values()) - min(small.values()) <= 1
+
+
+@given(
+    batch_size=st.integers(1, 24),
+    world_size=st.integers(1, 6),
+    lanes=st.integers(1, 6),
+    part=st.sampled_from([1, 3, 128]),
+)
+def test_every_position_is_one_row_of_one_rank(batch_size: int, world_size: int, lanes: int, part: int) -> None:
+    batch_size *= world_size
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "PART_ROWS", part)
+        ranks = [_Rows(batch_size, lanes, 2, 5, rank, world_size) for rank in range(world_size)]
+        whole = [p for rows in _Rows(batch_size, lanes, 2, 5, 0, 1) for p in rows]
+    parts = [list(rows) for rows in ranks]
+    assert [len(rows) for rows in ranks] == [len(made) for made in parts]
+    for k in range(3):
+        batch = whole[k * batch_size : (k + 1) * batch_size]
+        assert sorted(batch) == list(range((k + 2) * batch_size, (k + 3) * batch_size))
+        per_rank = [len(made) // 3 for made in parts]
+        assert batch == [
+            p for made, n in zip(parts, per_rank, strict=True) for rows in made[k * n : (k + 1) * n] for p in rows
+        ]
+
+
+def test_ranks_read_different_tars(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "SHUFFLE", 40)
+    stream = examples(NumberedTars([20] * 16), lanes=4)
+    tars = [{stream.locate(p)[1] // 20 for rows in _Rows(16, 4, 0, 20, rank, 4) for p in rows} for rank in range(4)]
+    assert [len(one) for one in tars] == [4] * 4
+    assert len(set().union(*tars)) == 16
+
+
+def test_two_sources_of_tars_keep_their_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "SHUFFLE", 40)
+    stream = examples(NumberedTars([20] * 16), NumberedTars([10] * 32), weights=(2.0, 1.0), lanes=4)
+    for lane in range(4):
+        found = [stream.locate(p) for p in range(lane, 400, 4)]
+        for which, per_tar in ((0, 20), (1, 10)):
+            own = {number // per_tar for source, number in found if source == which}
+            assert len(own) <= 5
+
+
+def test_the_next_window_is_asked_for_when_one_is_entered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "SHUFFLE", 20)
+    source = NumberedTars([5] * 12)
+    stream = examples(source, lanes=2)
+    for position in range(60):
+        tar = stream.locate(position)[1] // 5
+        assert position < 20 or tar in source.asked  # the first windows come without notice
+    assert len(source.asked) <= 16  # each of the 10 others once, or twice where windows or lanes meet in it
 
 
 def test_a_share_too_small_to_be_drawn_is_refused() -> None:
@@ -96,11 +175,111 @@ def test_a_stream_started_in_the_middle_equals_the_whole_one(processor: ClocProc
     assert all(same(a, b) for a, b in zip(whole[3:], rest, strict=True))
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
+def test_the_rows_of_all_ranks_in_order_are_the_batch_of_one_process(processor: ClocProcessor, world_size: int) -> None:
+    stream = examples(Numbered(11), Numbered(None, num_regions=1))
+    whole = list(training_batches(stream, processor, batch_size=6, start=2, stop=4, num_workers=0))
+    ranks = [
+        list(
+            training_batches(
+                stream, processor, batch_size=6, start=2, stop=4, num_workers=0, rank=rank, world_size=world_size
+            )
+        )
+        for rank in range(world_size)
+    ]
+    for k, batch in enumerate(whole):
+        parts = [rows[k] for rows in ranks]
+        for name in ("pixels", "boxes", "valid", "text_hash"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+
+
+@pytest.mark.parametrize(
+    ("rank", "world_size", "message"),
+    [
+        (0, 4, r"batch_size must be a multiple of the number of ranks \(4\), got 6"),
+        (2, 2, r"rank must be in 0 \.\.\. 1, got 2"),
+        (-1, 2, r"rank must be in 0 \.\.\. 1, got -1"),
+    ],
+)
+def test_ranks_that_cannot_share_a_batch_are_refused(
+    processor: ClocProcessor, rank: int, world_size: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        training_batches(
+            examples(Numbered(3)),
+            processor,
+            batch_size=6,
+            start=0,
+            stop=1,
+            num_workers=0,
+            rank=rank,
+            world_size=world_size,
+        )
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_batch_made_in_parts_equals_the_whole_one(
+    processor: ClocProcessor, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    stream = examples(Numbered(11))
+    whole = list(training_batches(stream, processor, batch_size=8, start=0, stop=3, num_workers=0))
+    monkeypatch.setattr(loader, "PART_ROWS", 3)
+    parts = list(training_batches(stream, processor, batch_size=8, start=0, stop=3, num_workers=num_workers))
+    assert all(same(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_an_error(processor: ClocProcessor) -> None:
+    class Deadly(Numbered):
+        def __getitem__(self, index: int) -> Sample:
+            if index == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitem__(index)
+
+    stream = examples(Deadly(8))
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .* (killed by signal|exited unexpectedly)"):
+        list(training_batches(stream, processor, batch_size=4, start=0, stop=8, num_workers=2))
+
+
+def test_replacements_come_from_the_same_source() -> None:
+    stream = examples(Numbered(None), Numbered(40), weights=(1.0, 1.0))
+    for position in range(50):
+        which, _ = stream.locate(position)
+        numbers = [stream.locate(position, attempt) for attempt in range(10)]
+        assert {source for source, _ in numbers} == {which}
+        assert len({number for _, number in numbers}) > 5
+
+
+def test_the_fingerprint_changes_with_whatever_changes_the_order() -> None:
+    streams = [
+        examples(NumberedTars([3, 4])),
+        examples(NumberedTars([4, 3])),
+        examples(NumberedTars([3, 4]), seed=1),
+        examples(NumberedTars([3, 4]), lanes=8),
+        examples(Numbered(7)),
+        examples(Numbered(8)),
+        examples(Numbered(7), Numbered(7)),
+        examples(Numbered(7), Numbered(7), weights=(1.0, 2.0)),
+    ]
+    assert len({stream.fingerprint for stream in streams}) == len(streams)
+    assert examples(Numbered(7), weights=(5.0,)).fingerprint == examples(Numbered(7)).fingerprint
+
+
+def test_too_many_unusable_samples_stop_the_run_naming_reasons_and_counts() -> None:
+    skipped = Counter({"broken image": 60, "missing shard": 1})
+    check_skipped(skipped, MIN_DRAWN, 0.1)
+    check_skipped(Counter({"broken image": 500}), MIN_DRAWN - 501, 0.05)  # too early to say
+    check_skipped(Counter(), 10**9, 0.0)
+    with pytest.raises(
+        RuntimeError, match=r"61 of 1,061 .* 5\.7% .* allows 5\.0% \(broken image: 60, missing shard: 1\)"
+    ):
+        check_skipped(skipped, MIN_DRAWN, 0.05)
+
+
 def test_bad_samples_are_replaced_counted_and_disturb_nobody_else(processor: ClocProcessor) -> None:
     good, bad = examples(Numbered(20)), examples(Numbered(20, bad=frozenset({3, 4})))
     (a,) = training_batches(good, processor, batch_size=20, start=0, stop=1, num_workers=0)
     (b,) = training_batches(bad, processor, batch_size=20, start=0, stop=1, num_workers=0)
-    numbers = [good.locate(p)[1] for p in range(20)]
+    numbers = [good.locate(p)[1] for rows in _Rows(20, 4, 0, 1, 0, 1) for p in rows]
     hit = torch.tensor([n in (3, 4) for n in numbers])
     assert b.skipped["broken image"] >= int(hit.sum()) > 0
     assert torch.equal(a.pixels[~hit], b.pixels[~hit])
@@ -120,32 +299,6 @@ def test_regions_are_sampled_without_repetition_and_padded(processor: ClocProces
     if num_regions >= 2:
         assert (batch.text_hash[:, 0] != batch.text_hash[:, 1]).all()
     assert (batch.boxes[~batch.valid] == torch.tensor([0.0, 0.0, 1.0, 1.0])).all()
-
-
-def test_collation_keeps_each_region_with_its_text_and_its_box_in_the_square(processor: ClocProcessor) -> None:
-    stream = examples(Numbered(6, num_regions=5), num_regions=3)
-    batch = collate([stream[p] for p in range(6)], processor)
-    assert len(batch.text_ids) <= 5
-    letterbox = Letterbox(width_px=40, height_px=20)
-    for b in range(6):
-        for m in range(3):
-            x = letterbox.to_image(batch.boxes[b, m])[0]
-            text = f"thing {round(x.item() / 0.1)}"
-            assert batch.text_hash[b, m] == text_identity(text)
-            row = batch.text_ids[batch.text_index[b, m]]
-            assert torch.equal(row, processor.tokenize([text])[0])
-
-
-def test_micro_batches_hold_the_same_rows(processor: ClocProcessor) -> None:
-    batch = collate([examples(Numbered(6))[p] for p in range(6)], processor)
-    pieces = batch.split(2)
-    assert torch.equal(torch.cat([p.pixels for p in pieces]), batch.pixels)
-    assert torch.equal(torch.cat([p.text_ids[p.text_index] for p in pieces]), batch.text_ids[batch.text_index])
-
-
-def test_text_identity_ignores_case_and_blanks_and_is_fixed_for_ever() -> None:
-    assert text_identity(" Red Dog ") == text_identity("red dog") == -1037350074078119512
-    assert text_identity("red dog") != text_identity("red dogs")
 
 
 def test_captions_fall_back_to_alt_text_then_region_texts() -> None:

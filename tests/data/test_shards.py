@@ -10,6 +10,7 @@ import struct
 import tarfile
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -328,12 +329,33 @@ def test_numbers_run_through_all_tars_and_name_them(tmp_path: Path) -> None:
             source[index]
 
 
-def test_a_tar_that_goes_away_makes_bad_samples(tmp_path: Path) -> None:
-    source = Shards(write_tar(tmp_path / "0.tar", [("a.png", PNG)]))
-    (tmp_path / "0.tar").write_bytes(PNG[:20])
-    assert outcome(read(source, 0)) == ("bad", "unreadable shard")
-    (tmp_path / "0.tar").unlink()
-    assert outcome(read(source, 0)) == ("bad", "unreadable shard")
+@pytest.mark.parametrize("touched", [False, True])  # whether a sample of the tar was read before
+def test_a_tar_that_changes_or_goes_away_makes_bad_samples(tmp_path: Path, touched: bool) -> None:
+    def damaged(change: Callable[[Path], object]) -> tuple:
+        path = Path(write_tar(tmp_path / "0.tar", [("a.png", PNG), ("b.png", PNG), ("c.png", PNG)]))
+        source = Shards(str(path))
+        if touched:
+            source[0]
+        change(path)
+        return outcome(read(source, 2))
+
+    whole = whole_tar(tmp_path / "whole.tar")
+    assert damaged(Path.unlink) == ("bad", "missing shard")
+    assert damaged(lambda path: path.write_bytes(PNG[:20])) == ("bad", "unreadable shard" if touched else "not a tar")
+    cut = ("bad", "unreadable shard" if touched else "truncated tar")
+    assert damaged(lambda path: path.write_bytes(whole[:1200])) == cut
+    if not touched:
+        shorter = ("bad", "shard is shorter than its index says")
+        assert damaged(lambda path: write_tar(path, [("a.png", PNG)])) == shorter
+
+
+def test_samples_that_no_count_knows_are_not_passed_over_in_silence(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("a.png", PNG), ("b.png", PNG)])
+    (tmp_path / "0_stats.json").write_text('{"successes": 1}')
+    source = Shards(str(tmp_path))
+    assert source.size == 1
+    with pytest.warns(UserWarning, match=r"0\.tar: 2 samples, of which 1 are known"):
+        assert source[0].key == "a"
 
 
 def test_remote_tars_read_like_local_ones(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from opencloc.data.record import Record
 from opencloc.data.sample import BadSample
 from opencloc.data.sidecar import (
     SCHEMA,
+    Sidecar,
     SidecarRow,
     read_labels,
     read_sidecar,
@@ -230,6 +231,22 @@ def test_labels_replace_regions_and_keep_every_own_caption_they_came_from() -> N
         with pytest.raises(BadSample) as caught:
             with_labels(own, labels, "x")
         assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("made_from", ["one", "two", "one\ntwo", "from the page"])  # caption, all-captions, alt-text
+def test_labels_made_from_a_samples_own_texts_leave_these_as_they_are(made_from: str) -> None:
+    own = Record(captions=("one", "two"), alt_text="from the page", boxes=np.zeros((0, 4), dtype=np.float32))
+    found = with_labels(own, row(caption=made_from), "x")
+    assert (found.captions, found.alt_text, found.texts) == (("one", "two"), "from the page", ("dog",))
+
+
+def test_a_row_is_made_when_it_is_asked_for_and_like_all_at_once(tmp_path: Path) -> None:
+    path = str(tmp_path / "0.vesl.parquet")
+    write_sidecar(path, [row(str(i), text=f"thing {i}") for i in range(5)], {})
+    lazily, at_once = Sidecar(path), read_sidecar(path)
+    assert (len(lazily), list(lazily)) == (5, list(at_once))
+    assert plain(lazily["3"]) == plain(at_once["3"])
+    assert lazily.get("5") is None
 
 
 def test_the_written_schema_is_the_documented_one(tmp_path: Path) -> None:

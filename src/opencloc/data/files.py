@@ -7,11 +7,14 @@ goes through fsspec, which keeps its own connections per process.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import io
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 from fsspec.core import url_to_fs
 
@@ -88,11 +91,72 @@ def children(folder: str) -> list[str]:
     return sorted(f"{folder.rstrip('/')}/{found.rstrip('/').rsplit('/', 1)[-1]}" for found in fs.ls(path, detail=False))
 
 
+def versions(folder: str) -> dict[str, str] | None:
+    """Name -> what tells one version of a file from another (size and time), of all files directly in a folder.
+
+    One listing, however many files.  None where the folder isn't there or can't be listed (as on web servers).
+    """
+    if (path := local_path(folder)) is not None:
+        try:
+            with os.scandir(path or ".") as entries:
+                return {e.name: f"{(s := e.stat()).st_size}-{s.st_mtime_ns}" for e in entries if e.is_file()}
+        except OSError:
+            return None
+    if folder.startswith(("http://", "https://")):  # fsspec takes the links of whatever page comes for a listing
+        return None
+    fs, path = url_to_fs(folder)
+    try:
+        entries = fs.ls(path, detail=True)
+    except Exception:  # every file system has its own; what is not there will be missed when it is read
+        return None
+    times = ("ETag", "etag", "LastModified", "last_modified", "mtime", "created")
+    return {
+        entry["name"]
+        .rstrip("/")
+        .rsplit("/", 1)[-1]: f"{entry.get('size')}-{next(filter(None, map(entry.get, times)), '')}"
+        for entry in entries
+        if entry.get("type") != "directory"
+    }
+
+
 def find(folder: str) -> list[str]:
     """All files under a folder, at any depth, sorted, as paths below it with `/` between the parts."""
     fs, path = url_to_fs(folder)
     root = path.rstrip("/") + "/"
     return sorted(found.removeprefix(root) for found in fs.find(path))
+
+
+def cache_folder(name: str) -> Path:
+    """A folder for what can be made again, which is made if need be: OPENCLOC_CACHE/name, by default in `~/.cache`.
+
+    Where nothing can be written there, it is in the machine's folder for temporary files.
+    """
+    base = os.environ.get("OPENCLOC_CACHE")
+    base = base or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "opencloc")
+    folder = Path(base, name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        folder = Path(tempfile.gettempdir(), f"opencloc-{os.getuid()}", name)
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Locks a file of the cache among the processes of this machine; the lock falls with its process, however killed.
+
+    Gives whether the lock was got, which without `wait` may be False.  Some files share one lock (those of different
+    folders never do), and then merely wait for each other: a lock per file would leave a file behind for each.
+    """
+    number = int(hashlib.blake2b(path.name.encode(), digest_size=1).hexdigest(), 16)
+    with open(cache_folder("locks") / f"{path.parent.name}-{number:03d}", "a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 @contextlib.contextmanager

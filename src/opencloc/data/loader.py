@@ -1,11 +1,14 @@
-"""Training batches from sources: which sample at which position, M regions per image, collation, workers.
+"""The training stream: which sample at which position, M regions per image, replacement of bad samples, workers, ranks.
 
-Owns the order.  Everything about position p of the stream (source, sample, caption, regions) is a pure function of
-(seed, p), so a run resumed at step k sees exactly the batches k, k + 1, ... of the uninterrupted run, with any number
-of workers.
+Owns what comes when.  Everything about position p of the stream (source, sample, caption, regions) is a pure function
+of (seed, p), so a run resumed at step k sees exactly the batches k, k + 1, ... of the uninterrupted run, with any
+number of workers and ranks, and every sample of a source comes once per epoch whatever their numbers.
 
-Symbols: B images, M regions per image, U distinct region texts of the batch, T tokens of a caption, W of a region text,
-S side of the square.
+Position p belongs to lane p mod L.  The order of the samples inside a source is `order.py`'s, which keeps a lane in few
+tars at a time; the rows of a batch are sorted by lane, so that a rank, which has consecutive rows, needs only the tars
+of its lanes.  Collation is `batch.py`'s.
+
+Symbols: B images of a batch over all ranks, M regions per image, L lanes, S side of the square.
 """
 
 from __future__ import annotations
@@ -13,105 +16,116 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from opencloc.boxes import Letterbox, letterbox_image
+from opencloc.data.batch import Batch, Example, Part, collate, join
+from opencloc.data.order import SHUFFLE, WholeOrder, WindowedOrder, permutation
 from opencloc.data.sample import BadSample, Sample, Source
+from opencloc.data.shards import Shards
 from opencloc.model.processor import ClocProcessor
 
-MAX_BAD_IN_A_ROW = 50  # positions tried before a run stops: by then the data, not a sample, is broken
-BLOCK = 1000  # positions over which the shares of the sources are exact
+MAX_BAD_IN_A_ROW = 50  # samples tried for one position before a run stops: by then the data, not a sample, is broken
+MIN_DRAWN = 1000  # samples drawn before the share of bad ones means anything
+BLOCK = 1000  # positions of a lane over which the shares of the sources are exact
+PART_ROWS = 128  # of a batch that a worker makes at a time
+_PARTS_AHEAD = 32  # made in advance by all workers together (a waiting part is seven open files)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """One training batch.  Boxes are in the frame of the letterboxed square."""
+class TrainingExamples(Dataset[Example]):
+    """Position -> example.  Draws sources by their shares, permutes finite ones per epoch, replaces bad samples.
 
-    pixels: Float[Tensor, "B 3 S S"]
-    caption_ids: Int[Tensor, "B T"]
-    boxes: Float[Tensor, "B M 4"]
-    valid: Bool[Tensor, "B M"]  # False where the image has fewer than M regions
-    text_ids: Int[Tensor, "U W"]  # distinct region texts
-    text_index: Int[Tensor, "B M"]  # row of text_ids; 0 where not valid
-    text_hash: Int[Tensor, "B M"]  # identity of the text across batches and processes
-    skipped: Counter[str] = field(default_factory=Counter)  # samples that could not be used, by reason
-
-    def to(self, device: torch.device) -> Batch:
-        """The batch with its tensors on `device`."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return Batch(**moved, skipped=self.skipped)
-
-    def split(self, size: int) -> list[Batch]:
-        """Micro-batches of `size` images; distinct texts are kept per micro-batch."""
-        pieces = []
-        for start in range(0, len(self.pixels), size):
-            rows = slice(start, start + size)
-            used, index = torch.unique(self.text_index[rows], return_inverse=True)
-            pieces.append(
-                Batch(
-                    pixels=self.pixels[rows],
-                    caption_ids=self.caption_ids[rows],
-                    boxes=self.boxes[rows],
-                    valid=self.valid[rows],
-                    text_ids=self.text_ids[used],
-                    text_index=index,
-                    text_hash=self.text_hash[rows],
-                )
-            )
-        return pieces
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Example:
-    """One sample made ready in a worker: everything but tokenisation."""
-
-    square: np.ndarray  # (S, S, 3) uint8
-    caption: str
-    boxes: np.ndarray  # (M, 4) in the square
-    texts: list[str]  # at most M
-    skipped: list[str]  # reasons of positions that had to be replaced
-
-
-class TrainingExamples(Dataset[_Example]):
-    """Position -> example.  Draws sources by their shares, permutes finite ones per epoch, replaces bad samples."""
+    `lanes`: of tars, as many stretches of an epoch are read at once.
+    """
 
     def __init__(
-        self, sources: Sequence[Source], weights: Sequence[float], *, num_regions: int, image_size: int, seed: int
+        self,
+        sources: Sequence[Source],
+        weights: Sequence[float],
+        *,
+        num_regions: int,
+        image_size: int,
+        seed: int,
+        lanes: int = 16,
     ) -> None:
         self.sources, self.num_regions, self.image_size, self.seed = sources, num_regions, image_size, seed
-        shares = np.asarray(weights or [1.0] * len(sources))
-        bounds = np.round(np.cumsum(shares / shares.sum()) * BLOCK).astype(int)
-        self.counts = np.diff(bounds, prepend=0)  # positions of each source per block
-        if (self.counts == 0).any():
+        self.lanes = lanes
+        self.shares = np.asarray(weights or [1.0] * len(sources))
+        self.shares = self.shares / self.shares.sum()
+        self._ends = np.round(np.cumsum(self.shares) * BLOCK).astype(int)  # of each source's slots in a block
+        self._counts = np.diff(self._ends, prepend=0)
+        if (self._counts == 0).any():
             raise ValueError(f"data.weights {tuple(weights)}: a source with a share under 1/{BLOCK} is never drawn")
         for source in sources:
             if source.size == 0:
                 raise ValueError(f"{source!r} holds no samples")
+        self._orders = [self._order(which) for which in range(len(sources))]
+        self._blocks: dict[int, tuple[int, np.ndarray, np.ndarray]] = {}  # of every lane: the last block, drawn
+        self._ahead: dict[tuple[int, int], tuple[int, int]] = {}  # (source, lane) -> (epoch, window) prefetched for
 
-    def locate(self, position: int) -> tuple[int, int]:
-        """(which source, number of the sample in it) of a position."""
-        block, slot = divmod(position, BLOCK)
-        slot = int(_permutation(BLOCK, (self.seed, 1, block))[slot])
-        which = int(np.searchsorted(np.cumsum(self.counts), slot, side="right"))
-        nth = block * int(self.counts[which]) + slot - int(self.counts[:which].sum())
-        size = self.sources[which].size
-        if size is None:
+    def _order(self, which: int) -> WholeOrder | WindowedOrder | None:
+        source, seed = self.sources[which], (self.seed, 2, which)
+        if isinstance(source, Shards) and source.size > SHUFFLE:
+            return WindowedOrder(source.counts, seed, lanes=self.lanes, shuffle=SHUFFLE)
+        return WholeOrder(source.size, seed) if source.size is not None else None
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the data would come in another order: other sources, sizes, tars, shares, seed or lanes."""
+        parts: list[Any] = [self.seed, self.lanes, *self.shares.tolist()]
+        for source in self.sources:
+            parts.append(source.size)
+            if isinstance(source, Shards):
+                parts += [source.counts.tobytes(), [url.rsplit("/", 1)[-1] for url in source.urls]]
+        return hashlib.blake2b(repr(parts).encode(errors="surrogateescape"), digest_size=16).hexdigest()
+
+    def draw(self, position: int) -> tuple[int, int]:
+        """(which source, how many of its samples came before) of a position."""
+        if len(self.sources) == 1:
+            return 0, position
+        along, lane = divmod(position, self.lanes)
+        block, slot = divmod(along, BLOCK)
+        if lane not in self._blocks or self._blocks[lane][0] != block:
+            which = np.searchsorted(self._ends, permutation(BLOCK, (self.seed, 1, lane, block)), side="right")
+            before = np.zeros(BLOCK, dtype=np.int64)  # how often the same source comes earlier in the block
+            for source, count in enumerate(self._counts):
+                before[which == source] = block * count + np.arange(count)
+            self._blocks[lane] = (block, which, before)
+        _, which, before = self._blocks[lane]
+        return int(which[slot]), int(before[slot]) * self.lanes + lane
+
+    def locate(self, position: int, attempt: int = 0) -> tuple[int, int]:
+        """(which source, number of the sample in it) of a position.
+
+        `attempt` k > 0 gives the k-th replacement, the same one in every run: of the same source, so that the shares
+        stay, of the lanes beside it and some way on, so that the tars needed are in use anyway.
+        """
+        which, nth = self.draw(position)
+        order, nth = self._orders[which], nth + attempt * (101 * self.lanes + 1)
+        if order is None:
             return which, nth
-        epoch, place = divmod(nth, size)
-        return which, int(_permutation(size, (self.seed, 2, which, epoch))[place])
+        epoch, place = divmod(nth, order.size)
+        if isinstance(order, WindowedOrder) and attempt == 0:
+            self._prefetch(which, order, epoch, place)
+        return which, order.number(epoch, place)
 
-    def __getitem__(self, position: int) -> _Example:
+    def _prefetch(self, which: int, order: WindowedOrder, epoch: int, place: int) -> None:
+        """Asks for the tars of the lane's next window when a window is entered."""
+        lane, window = order.window_of(place)
+        if self._ahead.get((which, lane)) != (epoch, window):
+            self._ahead[which, lane] = (epoch, window)
+            source = self.sources[which]
+            assert isinstance(source, Shards)
+            source.prefetch(order.tars_after(epoch, place))
+
+    def __getitem__(self, position: int) -> Example:
         skipped: list[str] = []
         for attempt in range(MAX_BAD_IN_A_ROW):
-            # a bad sample is replaced by one from far away in the stream: the same one in every run
-            which, number = self.locate(position + attempt * 7_919_000)
+            which, number = self.locate(position, attempt)
             try:
                 sample = self.sources[which][number]
                 return self._example(sample, np.random.default_rng((self.seed, 3, position)), skipped)
@@ -120,7 +134,7 @@ class TrainingExamples(Dataset[_Example]):
                 last = error
         raise RuntimeError(f"{MAX_BAD_IN_A_ROW} unusable samples in a row, the last: {last}") from last  # pyright: ignore
 
-    def _example(self, sample: Sample, rng: np.random.Generator, skipped: list[str]) -> _Example:
+    def _example(self, sample: Sample, rng: np.random.Generator, skipped: list[str]) -> Example:
         caption = choose_caption(sample, rng)
         if len(sample.boxes) > self.num_regions:
             chosen = np.sort(rng.choice(len(sample.boxes), self.num_regions, replace=False))
@@ -129,7 +143,7 @@ class TrainingExamples(Dataset[_Example]):
         boxes = np.tile(np.array([0, 0, 1, 1], dtype=np.float32), (self.num_regions, 1))
         letterbox = Letterbox(width_px=sample.image.width, height_px=sample.image.height)
         boxes[: len(chosen)] = letterbox.to_square(sample.boxes[chosen])
-        return _Example(
+        return Example(
             square=np.asarray(letterbox_image(sample.image, self.image_size)),
             caption=caption,
             boxes=boxes,
@@ -153,34 +167,37 @@ def choose_caption(sample: Sample, rng: np.random.Generator) -> str:
     raise BadSample("no caption, alt text or region text", sample.key)
 
 
-def text_identity(text: str) -> int:
-    """A 64-bit hash of a region text, the same in every process; case and outer blanks do not count."""
-    digest = hashlib.blake2b(text.strip().lower().encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big", signed=True)
+def check_skipped(skipped: Counter[str], drawn: int, limit: float) -> None:
+    """Raises `RuntimeError` naming reasons and counts if more than `limit` of the samples drawn could not be used.
+
+    `drawn` counts the samples that were used; below `MIN_DRAWN` drawn in all nothing is concluded.
+    """
+    bad = skipped.total()
+    if drawn + bad >= MIN_DRAWN and bad > limit * (drawn + bad):
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in skipped.most_common())
+        raise RuntimeError(
+            f"{bad:,} of {drawn + bad:,} samples could not be used, {bad / (drawn + bad):.1%} where "
+            f"data.max_skipped_share allows {limit:.1%} ({reasons}); mend the data, or raise the limit and run again"
+        )
 
 
-def collate(examples: Sequence[_Example], processor: ClocProcessor) -> Batch:
-    """Examples as one batch; every distinct region text becomes one row of `text_ids`."""
-    num_regions = len(examples[0].boxes)
-    rows: dict[str, int] = {}
-    index = torch.zeros(len(examples), num_regions, dtype=torch.long)
-    hashes = torch.zeros(len(examples), num_regions, dtype=torch.long)
-    valid = torch.zeros(len(examples), num_regions, dtype=torch.bool)
-    for b, example in enumerate(examples):
-        for m, text in enumerate(example.texts):
-            index[b, m] = rows.setdefault(text.strip().lower(), len(rows))
-            hashes[b, m] = text_identity(text)
-            valid[b, m] = True
-    return Batch(
-        pixels=processor.normalize(np.stack([example.square for example in examples])),
-        caption_ids=processor.tokenize([example.caption for example in examples]),
-        boxes=torch.from_numpy(np.stack([example.boxes for example in examples])),
-        valid=valid,
-        text_ids=processor.tokenize(list(rows) or ["none"]),  # a row must exist for text_index 0 to point at
-        text_index=index,
-        text_hash=hashes,
-        skipped=Counter(reason for example in examples for reason in example.skipped),
-    )
+class _Rows:
+    """One rank's rows of batch k, k + 1, ..., up to `stop` batches, in parts, as positions of the stream."""
+
+    def __init__(self, batch_size: int, lanes: int, start: int, stop: int, rank: int, world_size: int) -> None:
+        self.batch_size, self.start, self.stop = batch_size, start, stop
+        self.spread = lanes if batch_size % lanes == 0 else 1  # else rows are in the order of positions
+        first, last = (r * batch_size // world_size for r in (rank, rank + 1))
+        self.parts = [range(i, min(i + PART_ROWS, last)) for i in range(first, last, PART_ROWS)]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        per_lane = self.batch_size // self.spread
+        for begin in range(self.start * self.batch_size, self.stop * self.batch_size, self.batch_size):
+            for rows in self.parts:
+                yield [begin + (row % per_lane) * self.spread + row // per_lane for row in rows]
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * len(self.parts)
 
 
 class _Collate:
@@ -189,38 +206,45 @@ class _Collate:
     def __init__(self, processor: ClocProcessor) -> None:
         self.processor = processor
 
-    def __call__(self, examples: Sequence[_Example]) -> Batch:
+    def __call__(self, examples: Sequence[Example]) -> Part:
         return collate(examples, self.processor)
 
 
-class _Positions:
-    """The positions of batch k, k + 1, ..., up to `stop` batches."""
-
-    def __init__(self, batch_size: int, start: int, stop: int) -> None:
-        self.batch_size, self.start, self.stop = batch_size, start, stop
-
-    def __iter__(self) -> Iterator[range]:
-        return (range(k * self.batch_size, (k + 1) * self.batch_size) for k in range(self.start, self.stop))
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-
 def training_batches(
-    examples: TrainingExamples, processor: ClocProcessor, *, batch_size: int, start: int, stop: int, num_workers: int
+    examples: TrainingExamples,
+    processor: ClocProcessor,
+    *,
+    batch_size: int,
+    start: int,
+    stop: int,
+    num_workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | None = None,
 ) -> Iterator[Batch]:
-    """Batches number `start` ... `stop` - 1 of the stream, made by `num_workers` processes (0: in this one)."""
+    """This rank's rows of the batches number `start` ... `stop` - 1 of the stream, on `device` (None: the CPU).
+
+    Batch k holds the positions k * batch_size ... (k + 1) * batch_size - 1 whatever the number of ranks, of which a
+    rank gets its consecutive share of the rows: the ranks' rows in order are the batch of a single process.
+    `num_workers` processes make them (0: this one).
+
+    Raises ValueError if `batch_size` is no multiple of `world_size`; the iterator raises RuntimeError when a worker
+    dies or no usable sample is found.
+    """
+    if world_size < 1 or batch_size % world_size:
+        raise ValueError(f"batch_size must be a multiple of the number of ranks ({world_size}), got {batch_size}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in 0 ... {world_size - 1}, got {rank}")
+    rows = _Rows(batch_size, examples.lanes, start, stop, rank, world_size)
+    ahead = min(max(2 * len(rows.parts), 4 * num_workers), _PARTS_AHEAD)
     loader = DataLoader(
         examples,
-        batch_sampler=_Positions(batch_size, start, stop),  # pyright: ignore[reportArgumentType]
+        batch_sampler=rows,  # pyright: ignore[reportArgumentType]
         collate_fn=_Collate(processor),
         num_workers=num_workers,
-        prefetch_factor=4 if num_workers else None,
+        prefetch_factor=max(2, ahead // num_workers) if num_workers else None,
         pin_memory=torch.cuda.is_available(),
     )
-    return iter(loader)
-
-
-@lru_cache(maxsize=8)
-def _permutation(size: int, seed: tuple[int, ...]) -> np.ndarray:
-    return np.random.default_rng(seed).permutation(size)
+    parts = iter(loader)  # here, so that the workers begin before the first batch is asked for
+    whole = device or torch.device("cpu")
+    return (join([next(parts) for _ in rows.parts], processor, whole) for _ in range(start, stop))

@@ -70,8 +70,8 @@ def decode_image(
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and not image.has_transparency_data:
-        image.load()
-        return image if type(image) is Image.Image else image.copy()  # drops the file behind it
+        image.load()  # and lets go of the file behind it
+        return image
     if image.mode.startswith("I"):  # 16 bits per pixel; Pillow would clip them to 255
         return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:

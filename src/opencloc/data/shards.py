@@ -1,39 +1,31 @@
-"""WebDataset tars: finding, indexing, streaming, reading by number, writing.
+"""The samples of many tars by number, wherever the tars lie and however many they are.
 
-Owns the tar format: `KEY.jpg|jpeg|png|webp` + `KEY.json` and/or `KEY.txt`, as img2dataset writes them.  What stands in
-the members is `record.py`'s, labels beside the tar are `sidecar.py`'s.
-
-As in the `webdataset` library a key is the member's folder and name up to the first dot, consecutive members of one key
-make a sample, and members that begin with a dot or have none are ignored.  Only plain (uncompressed) tars are read.
-
-A tar without its end marker is truncated: its last sample may lack members, so it is dropped and reported.
+Owns numbering and reading.  The format of a tar is `tar.py`'s, writing `shard_writer.py`'s, what a pattern means
+`urls.py`'s, how many samples a tar holds `counts.py`'s, local copies of remote tars `cache.py`'s, labels beside the
+tars `sidecar.py`'s; the names that users of tars need can all be imported from here.
 """
 
 from __future__ import annotations
 
-import io
-import itertools
+import contextlib
 import os
-import re
-import tarfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import time
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from opencloc.data import files
-from opencloc.data.record import (
-    IMAGE_EXTENSIONS,
-    ImageFormat,
-    decode_image,
-    encode_image,
-    encode_record,
-    image_extension,
-    parse_record,
-)
+from opencloc.data.cache import Prefetcher, load_index, local_tar
+from opencloc.data.counts import count_samples
+from opencloc.data.record import decode_image, parse_record
 from opencloc.data.sample import BadSample, Sample
-from opencloc.data.sidecar import SidecarRow, read_sidecar, sidecar_path, with_labels
+from opencloc.data.shard_writer import ShardWriter
+from opencloc.data.sidecar import Sidecar, SidecarRow, sidecar_path, with_labels
+from opencloc.data.tar import ShardIndex, index_shard, iter_shard
+from opencloc.data.urls import expand_urls
 
 __all__ = [
     "ShardIndex",
@@ -46,183 +38,11 @@ __all__ = [
     "iter_shard",
 ]
 
-_KEY = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$")  # webdataset's base_plus_ext
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
-# What tarfile raises for damaged headers, whose sizes can be negative or larger than any memory.
-_TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, MemoryError)
-_SIDECARS_KEPT = 64  # per process; a sidecar of 10,000 samples takes some 20 MB
-
-
-def expand_urls(pattern: str | Sequence[str]) -> list[str]:
-    """The tars that a pattern means, in order.
-
-    A pattern is a file, a folder (its `*.tar`), a glob, or any of these with braces (`{00000..00007}.tar`, `{a,b}`), on
-    this machine or at an fsspec URL; or several of them.  Raises `FileNotFoundError` naming what is not there, and
-    `ValueError` for a brace range that runs backwards.
-    """
-    if not isinstance(pattern, str):
-        return [url for one in pattern for url in expand_urls(one)]
-    found: list[str] = []
-    for url in _expand_braces(pattern):
-        if files.is_folder(url):
-            tars = [path for path in files.children(url) if path.endswith(".tar")]
-            if not tars:
-                raise FileNotFoundError(f"{url}: no *.tar in this folder")
-            found += tars
-        elif files.exists(url):
-            found.append(url)
-        elif re.search(r"[*?\[]", url):
-            tars = files.glob(url)
-            if not tars:
-                raise FileNotFoundError(f"{url}: no file matches")
-            found += tars
-        else:
-            raise FileNotFoundError(f"{url}: no such shard" + (f" (from {pattern})" if url != pattern else ""))
-    return found
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    if not (match := _BRACES.search(pattern)):
-        return [pattern]
-    if span := _RANGE.match(match[1]):
-        first, last = int(span[1]), int(span[2])
-        if last < first:
-            raise ValueError(f"{pattern}: range {{{match[1]}}} runs backwards")
-        width = len(span[1]) if span[1].startswith("0") else 0
-        choices = [f"{number:0{width}d}" for number in range(first, last + 1)]
-    else:
-        choices = match[1].split(",")
-    tails = _expand_braces(pattern[match.end() :])
-    return [f"{pattern[: match.start()]}{choice}{tail}" for choice in choices for tail in tails]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Member:
-    key: str
-    extension: str  # lower case
-    offset: int  # of the data, in bytes
-    size: int
-
-
-def _members(stream: io.BufferedIOBase, url: str) -> Iterator[_Member]:
-    """The members of a tar that belong to samples, from its headers alone.
-
-    A member comes out before it is known whether the tar goes on to its end; the next one, or the end of the iteration,
-    says so.  Raises `BadSample` ("not a tar", "truncated tar").
-    """
-    length = stream.seek(0, io.SEEK_END)
-    stream.seek(0)
-    try:
-        tar = tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="replace")  # noqa: SIM115
-    except _TAR_ERRORS as error:
-        raise BadSample("not a tar", url, str(error)) from error
-    try:
-        for info in tar:
-            match = _KEY.match(info.name)
-            room = length - info.offset_data
-            if match and info.isreg() and not info.issparse():
-                size = max(0, min(info.size, room))
-                yield _Member(key=match[1], extension=match[2].lower(), offset=info.offset_data, size=size)
-            if not 0 <= info.size <= room:
-                raise tarfile.ReadError(f"{info.name} claims {info.size} bytes, {room} are there")
-    except _TAR_ERRORS as error:
-        raise BadSample("truncated tar", url, str(error)) from error
-    stream.seek(tar.offset)
-    if stream.read(512) != bytes(512):
-        raise BadSample("truncated tar", url, f"no end marker at byte {tar.offset}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Group:
-    """Consecutive members of one key by extension (the first of each), and their bytes where they were asked for."""
-
-    key: str
-    members: dict[str, _Member]
-    data: dict[str, bytes]
-
-    @property
-    def image_extension(self) -> str | None:
-        return next((extension for extension in self.members if extension in IMAGE_EXTENSIONS), None)
-
-
-def _groups(stream: io.BufferedIOBase, url: str, *, load: bool) -> Iterator[_Group | BadSample]:
-    """The samples of a tar in order, reading strictly forward; a `BadSample` for what is no sample."""
-    seen: set[str] = set()
-    try:
-        for key, members in itertools.groupby(_members(stream, url), key=lambda member: member.key):
-            group = _Group(key=key, members={}, data={})
-            for member in members:  # raises where the tar breaks off, so a last group is dropped
-                if member.extension in group.members:
-                    continue
-                group.members[member.extension] = member
-                if load and member.extension in (*IMAGE_EXTENSIONS, "json", "txt"):
-                    stream.seek(member.offset)
-                    group.data[member.extension] = stream.read(member.size)
-            if key in seen:
-                yield BadSample("duplicate key", url, f"{key} came earlier in this tar")
-            else:
-                seen.add(key)
-                yield group
-    except BadSample as broken:
-        yield broken
-
-
-def iter_shard(url: str, max_px: int | None = None) -> Iterator[Sample | BadSample]:
-    """The samples of one tar in order, each read once, strictly forward; nothing is raised for what is broken.
-
-    A sample that cannot be used comes as a `BadSample` whose `where` is its key.  One whose `where` is `url` belongs to
-    no key: "duplicate key" (the first holder of the key came as a sample), "truncated tar" and "not a tar" (always the
-    last).  `max_px` as in `decode_image`.  Raises `FileNotFoundError` and other `OSError` of the file itself.
-    """
-    with files.open_seekable(url) as stream:
-        for group in _groups(stream, url, load=True):
-            if isinstance(group, BadSample):
-                yield group
-            elif (extension := group.image_extension) is None:
-                yield _no_image(group)
-            else:
-                try:
-                    record = parse_record(group.key, group.data.get("json"), group.data.get("txt"))
-                    image = decode_image(group.data[extension], group.key, max_px)
-                    yield record.sample(group.key, image, group.key)
-                except BadSample as bad:
-                    yield bad
-
-
-def _no_image(group: _Group) -> BadSample:
-    return BadSample("no image", group.key, f"members: {', '.join(sorted(group.members))}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardIndex:
-    """Where the samples of one tar lie in it.  S samples, all of them with an image."""
-
-    url: str
-    keys: tuple[str, ...]
-    spans: np.ndarray  # (S, 3, 2) int64: (offset, size) in bytes of image, json, txt; size -1 where there is none
-    problems: Counter[str]  # what is no sample, by reason
-
-
-def index_shard(url: str) -> ShardIndex:
-    """The index of a tar, from one pass over its headers; what is broken is counted in `problems`.
-
-    Raises `FileNotFoundError` and other `OSError` of the file itself.
-    """
-    keys, spans, problems = [], [], Counter[str]()
-    with files.open_seekable(url) as stream:
-        for group in _groups(stream, url, load=False):
-            if isinstance(group, BadSample):
-                problems[group.reason] += 1
-            elif (extension := group.image_extension) is None:
-                problems[_no_image(group).reason] += 1
-            else:
-                keys.append(group.key)
-                found = (group.members.get(name) for name in (extension, "json", "txt"))
-                spans.append([(member.offset, member.size) if member else (0, -1) for member in found])
-    return ShardIndex(
-        url=url, keys=tuple(keys), spans=np.asarray(spans, dtype=np.int64).reshape(-1, 3, 2), problems=problems
-    )
+_INDEX_SAMPLES = 1_000_000  # samples whose places a process remembers; some 120 bytes each
+_SIDECARS_KEPT = 64  # per process; the labels of 10,000 samples take a few MB
+_SIDECARS_LOOKED_FOR = 16  # at opening; of many tars not every one is asked
+_FAILURES_KEPT = 1024  # tars and sidecars known to be unreadable, so that not every sample waits for the same error
+_TRY_AGAIN_S = 300.0  # then they are tried once more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,65 +51,99 @@ class ShardsConfig:
 
     sidecar: str | None = None  # name of the labels beside the tars, or FOLDER/name; they replace the tars' own regions
     image_px: int | None = None  # decode JPEGs no larger than needed for this long side; None: in full
+    # Disk for copies of remote tars, shared by all processes of the machine; training wants some four per lane.
+    cache_gb: float = 50.0
+
+    def __post_init__(self) -> None:
+        if not self.cache_gb > 0:
+            raise ValueError(f"cache_gb is {self.cache_gb}; more than 0")
 
 
 class Shards:
     """The samples of many tars by number, in the order of the tars.
 
-    Opening makes one pass over the headers; afterwards a sample is one read.  Samples without an image have no number
-    and are counted in `problems`, as is whatever else is broken in a tar.
+    Opening asks how many samples each tar holds (`count_samples`) and reads none.  Where in a tar its samples lie is
+    found when the first of them is read; a remote tar is then copied to this machine.  Samples without an image have
+    no number; they and whatever else is broken are counted in `problems` where tars were passed over to be counted.
 
-    Raises `FileNotFoundError` for a tar or sidecar that isn't there, `ValueError` if no tar holds any sample.
+    `source[i]` raises `BadSample` also for what concerns a whole tar: "missing shard", "unreadable shard", "truncated
+    tar", "not a tar", "shard is shorter than its index says", "missing sidecar", "unreadable sidecar".
+
+    Raises `FileNotFoundError` if there is no tar at all or none of the sidecars looked for, `ValueError` if no tar
+    holds any sample.
     """
 
     def __init__(self, location: str | Sequence[str], config: ShardsConfig | None = None) -> None:
         self.location = location
         self.config = config or ShardsConfig()
-        self.urls = expand_urls(location)
+        self.urls = expand_urls(location, must_exist=False)
         if self.config.sidecar is not None:
-            paths = [sidecar_path(url, self.config.sidecar) for url in self.urls]
-            if missing := [path for path in paths if not files.exists(path)]:
-                raise FileNotFoundError(f"{missing[0]}: no such sidecar ({len(missing)} of {len(paths)} are missing)")
-        self._indices = [index_shard(url) for url in self.urls]
-        self._ends = np.cumsum([len(index.keys) for index in self._indices])
+            step = max(1, len(self.urls) // _SIDECARS_LOOKED_FOR)
+            paths = [sidecar_path(url, self.config.sidecar) for url in self.urls[::step]]
+            if not any(map(files.exists, paths)):
+                raise FileNotFoundError(f"{paths[0]}: no such sidecar ({len(paths)} of {len(self.urls)} looked for)")
+        counts = count_samples(self.urls, self.config.sidecar, cache_gb=self.config.cache_gb)
+        self.counts: np.ndarray = counts.samples  # samples of every tar
+        self.problems: Counter[str] = counts.problems  # what the tars hold that is no sample, by reason
+        if counts.unknown:
+            self.problems["unreadable shard"] += len(counts.unknown)
+        self._ends = np.cumsum(self.counts)
         if not self.size:
             raise ValueError(f"{location}: no sample with an image in {len(self.urls)} tars; {dict(self.problems)}")
-        self._sidecars: dict[int, dict[str, SidecarRow]] = {}  # by shard, the last few
+        self._forget()
+
+    def _forget(self) -> None:
+        """Starts with nothing read: what a process has read is its own."""
+        self._indices: OrderedDict[int, ShardIndex] = OrderedDict()  # by tar, the last used at the end
+        self._sidecars: OrderedDict[int, Mapping[str, SidecarRow]] = OrderedDict()
+        self._failures: OrderedDict[str, tuple[float, str, str]] = OrderedDict()  # by file: when, reason, detail
+        self._prefetcher: Prefetcher | None = None
+
+    def __getstate__(self) -> dict:
+        read = ("_indices", "_sidecars", "_failures", "_prefetcher")
+        return {name: value for name, value in self.__dict__.items() if name not in read}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     @property
     def size(self) -> int:
         return int(self._ends[-1])
 
-    @property
-    def problems(self) -> Counter[str]:
-        """What the tars hold that is no sample, by reason."""
-        return sum((index.problems for index in self._indices), Counter())
-
     def __repr__(self) -> str:
-        return f"Shards({self.location!r}: {self.size} samples in {len(self.urls)} tars, {self.config})"
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_sidecars": {}}
+        problems = f", problems {dict(self.problems)}" if self.problems else ""
+        return f"Shards({self.location!r}: {self.size} samples in {len(self.urls)} tars, {self.config}{problems})"
 
     def identity(self, index: int) -> str:
         """Name of a sample that stays the same wherever the tars lie: tar name and key."""
         shard, row = self._locate(index)
-        return f"{os.path.basename(self._indices[shard].url)}/{self._indices[shard].keys[row]}"
+        return f"{os.path.basename(self.urls[shard])}/{self._index(shard, row).keys[row]}"
 
     def image_bytes(self, index: int) -> bytes:
         """The image of a sample as it is stored."""
-        return self._read(index)[0]
+        shard, row = self._locate(index)
+        return self._read(shard, row)[0]
 
     def __getitem__(self, index: int) -> Sample:
         shard, row = self._locate(index)
-        key = self._indices[shard].keys[row]
-        where = f"{self._indices[shard].url}/{key}"
-        image, json_bytes, text = self._read(index)
+        key = self._index(shard, row).keys[row]
+        where = f"{self.urls[shard]}/{key}"
+        labels = self._labels(shard) if self.config.sidecar is not None else None
+        image, json_bytes, text = self._read(shard, row)
         record = parse_record(where, json_bytes, text)
-        if self.config.sidecar is not None:
-            record = with_labels(record, self._labels(shard).get(key), where)
+        if labels is not None:
+            record = with_labels(record, labels.get(key), where)
         decoded = decode_image(image, where, self.config.image_px)
         return record.sample(key, decoded, where)
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Will have local copies of these tars soon, if they are remote; returns at once."""
+        urls = [url for shard in shards if files.local_path(url := self.urls[shard]) is None]
+        if urls and self._prefetcher is None:
+            self._prefetcher = Prefetcher(self.config.cache_gb)
+        if self._prefetcher is not None:
+            self._prefetcher.ask(urls)
 
     def _locate(self, index: int) -> tuple[int, int]:
         """(number of the shard, row in it) of a sample."""
@@ -298,16 +152,38 @@ class Shards:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         return shard, index - (int(self._ends[shard - 1]) if shard else 0)
 
-    def _read(self, index: int) -> tuple[bytes, bytes | None, bytes | None]:
+    def _index(self, shard: int, row: int) -> ShardIndex:
+        """The index of a shard, which has that row."""
+        index = self._indices.get(shard)
+        if index is None:
+            url = self.urls[shard]
+            with self._remembering(url, "missing shard", "unreadable shard"):
+                index = self._indices[shard] = load_index(url, local_tar(url, self.config.cache_gb))
+            if len(index.keys) > self.counts[shard]:
+                warnings.warn(
+                    f"{url}: {len(index.keys)} samples, of which {self.counts[shard]} are known and read", stacklevel=2
+                )
+            while len(self._indices) > 1 and sum(len(one.keys) for one in self._indices.values()) > _INDEX_SAMPLES:
+                self._indices.popitem(last=False)
+        else:
+            self._indices.move_to_end(shard)
+        if row >= len(index.keys):
+            broken = [reason for reason in ("truncated tar", "not a tar") if index.problems[reason]]
+            detail = f"{len(index.keys)} samples instead of {self.counts[shard]}"
+            raise BadSample((*broken, "shard is shorter than its index says")[0], index.url, detail)
+        return index
+
+    def _read(self, shard: int, row: int) -> tuple[bytes, bytes | None, bytes | None]:
         """Bytes of image, json and txt, by one read over the members of the sample."""
-        shard, row = self._locate(index)
-        found = self._indices[shard]
-        spans = found.spans[row].tolist()
+        index = self._index(shard, row)
+        spans = index.spans[row].tolist()
         start = min(offset for offset, size in spans if size >= 0)
         end = max(offset + size for offset, size in spans if size >= 0)
-        where = f"{found.url}/{found.keys[row]}"
+        where = f"{index.url}/{index.keys[row]}"
         try:
-            data = files.read_bytes(found.url, start, end - start)
+            data = files.read_bytes(local_tar(index.url, self.config.cache_gb), start, end - start)
+        except FileNotFoundError as error:
+            raise BadSample("missing shard", where, str(error)) from error
         except OSError as error:
             raise BadSample("unreadable shard", where, str(error)) from error
         if len(data) < end - start:
@@ -318,95 +194,31 @@ class Shards:
         assert image is not None
         return image, json_bytes, text
 
-    def _labels(self, shard: int) -> dict[str, SidecarRow]:
+    def _labels(self, shard: int) -> Mapping[str, SidecarRow]:
         assert self.config.sidecar is not None
-        if shard not in self._sidecars:
-            while len(self._sidecars) >= _SIDECARS_KEPT:
-                self._sidecars.pop(next(iter(self._sidecars)))
-            path = sidecar_path(self._indices[shard].url, self.config.sidecar)
-            try:
-                self._sidecars[shard] = read_sidecar(path)
-            except (OSError, ValueError) as error:
-                raise BadSample("unreadable sidecar", path, str(error)) from error
-        return self._sidecars[shard]
-
-
-class ShardWriter:
-    """Writes samples into `FOLDER/00000.tar`, `00001.tar`, ... of `samples_per_shard` each.
-
-    A context manager for a local folder.  A tar appears under its name when it is complete; if the block ends by an
-    exception the one being written is removed.  The same samples give the same bytes (no times, no owners).  Raises
-    `FileExistsError` if the folder holds tars already: old and new ones would mix.
-    """
-
-    def __init__(
-        self, folder: str, *, samples_per_shard: int = 1000, image_format: ImageFormat = "jpg", quality: int = 95
-    ) -> None:
-        if samples_per_shard < 1:
-            raise ValueError(f"samples_per_shard is {samples_per_shard}; at least 1")
-        self.folder = folder
-        self.paths: list[str] = []  # of the finished tars
-        self._samples_per_shard = samples_per_shard
-        self._image_format: ImageFormat = image_format
-        self._quality = quality
-        self._keys: set[str] = set()  # in the tar being written
-        self._tar: tarfile.TarFile | None = None
-
-    def __enter__(self) -> ShardWriter:
-        os.makedirs(self.folder, exist_ok=True)
-        if old := sorted(name for name in os.listdir(self.folder) if name.endswith(".tar")):
-            raise FileExistsError(f"{self.folder} holds tars already ({old[0]}, ...): choose an empty folder")
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if self._tar is None:
-            return
-        if kind is None:
-            self._finish()
+        labels = self._sidecars.get(shard)
+        if labels is None:
+            path = sidecar_path(self.urls[shard], self.config.sidecar)
+            with self._remembering(path, "missing sidecar", "unreadable sidecar"):
+                labels = self._sidecars[shard] = Sidecar(path)
+            while len(self._sidecars) > _SIDECARS_KEPT:
+                self._sidecars.popitem(last=False)
         else:
-            self._tar.close()
-            os.unlink(self._temporary)
+            self._sidecars.move_to_end(shard)
+        return labels
 
-    def write(self, sample: Sample, image_bytes: bytes | None = None) -> str:
-        """Adds a sample and returns its key in the tar, where dots of the file name became underscores.
-
-        `image_bytes`: the image as a file, stored as it is if it is JPEG, PNG or WebP; without, or for other formats,
-        `sample.image` is encoded.  Raises `ValueError` for a key that a tar cannot hold or already holds.
-        """
-        folder, name = os.path.split(sample.key)
-        name = name.replace(".", "_")
-        key = f"{folder}/{name}" if folder else name
-        if not _KEY.match(f"{key}.jpg") or "\0" in key:
-            raise ValueError(f"{sample.key!r} cannot be the key of a tar member")
-        if key in self._keys:
-            raise ValueError(f"key {key!r} comes twice in {self._path}")
-        extension = image_extension(image_bytes) if image_bytes is not None else None
-        if image_bytes is None or extension is None:
-            extension = self._image_format
-            image_bytes = encode_image(sample.image, self._image_format, self._quality)
-        if self._tar is None:
-            self._tar = tarfile.open(self._temporary, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
-        self._keys.add(key)
-        for suffix, data in ((extension, image_bytes), ("json", encode_record(sample))):
-            info = tarfile.TarInfo(f"{key}.{suffix}")
-            info.size = len(data)
-            self._tar.addfile(info, io.BytesIO(data))
-        if len(self._keys) == self._samples_per_shard:
-            self._finish()
-        return key
-
-    @property
-    def _path(self) -> str:
-        return os.path.join(self.folder, f"{len(self.paths):05d}.tar")
-
-    @property
-    def _temporary(self) -> str:
-        return os.path.join(self.folder, f".{len(self.paths):05d}.tar.{os.getpid()}.tmp")
-
-    def _finish(self) -> None:
-        assert self._tar is not None
-        self._tar.close()
-        os.replace(self._temporary, self._path)
-        self.paths.append(self._path)
-        self._tar = None
-        self._keys = set()
+    @contextlib.contextmanager
+    def _remembering(self, url: str, missing: str, unreadable: str) -> Iterator[None]:
+        """Turns errors of a whole file into `BadSample`, and for some minutes raises the same without another try."""
+        if url in self._failures:
+            since, reason, detail = self._failures[url]
+            if time.monotonic() - since < _TRY_AGAIN_S:
+                raise BadSample(reason, url, detail)
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            reason = missing if isinstance(error, FileNotFoundError) else unreadable
+            self._failures[url] = (time.monotonic(), reason, str(error))
+            while len(self._failures) > _FAILURES_KEPT:
+                self._failures.popitem(last=False)
+            raise BadSample(reason, url, str(error)) from error

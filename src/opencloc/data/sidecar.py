@@ -148,13 +148,49 @@ def _box_column(rows: list[SidecarRow]) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), fours)
 
 
-def read_sidecar(path: str) -> dict[str, SidecarRow]:
-    """The rows of a sidecar by key, in the order of the file.
+class Sidecar(Mapping[str, SidecarRow]):
+    """The rows of a sidecar by key, in the order of the file; each is made when it is asked for.
 
-    A row that is unsound (box outside the image, numbers that don't match, ...) is kept with its `error` saying so and
+    A row that is unsound (box outside the image, numbers that don't match, ...) comes with its `error` saying so and
     without regions.  Raises `FileNotFoundError`, or `ValueError` naming the file if it is no Parquet, its columns are
     not those of `SCHEMA`, a key comes twice, or there is a null where none is allowed.
     """
+
+    def __init__(self, path: str) -> None:
+        columns = _columns(path)
+        self._numbers: dict[str, int] = {}
+        for number, key in enumerate(columns["key"].to_pylist()):
+            if self._numbers.setdefault(key, number) != number:
+                raise ValueError(f"{path}: key {key!r} comes twice")
+        self._captions, self._texts, self._errors = (columns[name] for name in ("caption", "texts", "error"))
+        self._boxes = columns["boxes"].values.values.to_numpy().reshape(-1, 4)
+        self._scores = columns["scores"].values.to_numpy()
+        self._box_ends, self._score_ends = (columns[name].offsets.to_numpy() for name in ("boxes", "scores"))
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __getitem__(self, key: str) -> SidecarRow:
+        i = self._numbers[key]
+        caption, texts, error = (column[i].as_py() for column in (self._captions, self._texts, self._errors))
+        boxes = self._boxes[self._box_ends[i] : self._box_ends[i + 1]].copy()  # Arrow's memory is read-only
+        scores = self._scores[self._score_ends[i] : self._score_ends[i + 1]].copy()
+        try:
+            return SidecarRow(key=key, caption=caption, boxes=boxes, texts=tuple(texts), scores=scores, error=error)
+        except ValueError as problem:
+            return SidecarRow(key=key, caption=caption, error=str(problem))
+
+
+def read_sidecar(path: str) -> dict[str, SidecarRow]:
+    """All rows of a sidecar by key, in the order of the file.  Unsound rows and errors as in `Sidecar`."""
+    return dict(Sidecar(path))
+
+
+def _columns(path: str) -> dict[str, Any]:
+    """The Arrow columns of a sidecar, checked as `Sidecar` says."""
     data = files.read_bytes(path)
     try:
         table = pq.read_table(io.BytesIO(data))
@@ -173,27 +209,7 @@ def read_sidecar(path: str) -> dict[str, SidecarRow]:
     for name, values in [*inner.items(), ("boxes", inner["boxes"].values)]:
         if values.null_count:
             raise ValueError(f"{path}: column {name} holds lists with null entries")
-    rows: dict[str, SidecarRow] = {}
-    for row in _rows(columns):
-        if row.key in rows:
-            raise ValueError(f"{path}: key {row.key!r} comes twice")
-        rows[row.key] = row
-    return rows
-
-
-def _rows(columns: Mapping[str, Any]) -> Iterator[SidecarRow]:
-    """The rows of Arrow columns."""
-    keys, captions, texts, errors = (columns[name].to_pylist() for name in ("key", "caption", "texts", "error"))
-    all_boxes = columns["boxes"].values.values.to_numpy().reshape(-1, 4)
-    all_scores = columns["scores"].values.to_numpy()
-    box_ends, score_ends = columns["boxes"].offsets.to_numpy(), columns["scores"].offsets.to_numpy()
-    for i, (key, caption, text, error) in enumerate(zip(keys, captions, texts, errors, strict=True)):
-        boxes = all_boxes[box_ends[i] : box_ends[i + 1]].copy()  # Arrow's memory is read-only
-        scores = all_scores[score_ends[i] : score_ends[i + 1]].copy()
-        try:
-            yield SidecarRow(key=key, caption=caption, boxes=boxes, texts=tuple(text), scores=scores, error=error)
-        except ValueError as problem:
-            yield SidecarRow(key=key, caption=caption, error=str(problem))
+    return columns
 
 
 def read_labels(location: str, name: str) -> dict[str, SidecarRow]:
@@ -223,16 +239,16 @@ def read_labels(location: str, name: str) -> dict[str, SidecarRow]:
 def with_labels(record: Record, row: SidecarRow | None, where: str) -> Record:
     """The record with the regions of its sidecar row instead of its own.
 
-    A caption in the row that is none of the sample's own takes their place, and the first of those becomes the alt-text
-    if there was none.  Raises `BadSample` ("not in the sidecar", "not labelled") where there is no row or it holds an
-    error.
+    A caption in the row that is none of the sample's own texts (a caption, all captions one to a line, the alt-text)
+    takes the captions' place, and the first of those becomes the alt-text if there was none.  Raises `BadSample` ("not
+    in the sidecar", "not labelled") where there is no row or it holds an error.
     """
     if row is None:
         raise BadSample("not in the sidecar", where)
     if row.error is not None:
         raise BadSample("not labelled", where, row.error)
     captions, alt_text = record.captions, record.alt_text
-    if row.caption is not None and row.caption not in captions:
+    if row.caption is not None and row.caption not in (*captions, "\n".join(captions), alt_text):
         alt_text = alt_text or (captions[0] if captions else None)
         captions = (row.caption,)
     return Record(captions=captions, alt_text=alt_text, boxes=row.boxes, texts=row.texts, scores=row.scores)

@@ -1,14 +1,15 @@
 """Sources by name: `KIND:LOCATION?key=value&key=value`, the one way data is named on the command line and in configs.
 
 Owns the grammar.  Kinds: `scenes` (generated, location `rich` or `easy`), `shards` (tars), `folder` (image files),
-`coco` (COCO-format JSON), `mosaic` (of the photos of any location).  Options are the fields of the kind's config.  A
-bare path is recognised: a tar, a pattern of tars or a folder with tars is `shards`, a folder with `annotations/` is
-`coco`, any other folder is `folder`.
+`coco` (COCO-format JSON), `mosaic` (of the photos of any location), `crops` (of the regions of any location).  Options
+are the fields of the kind's config.  A bare path is recognised: a tar, a pattern of tars or a folder with tars is
+`shards`, a folder with `annotations/` is `coco`, any other folder is `folder`.
 
     scenes:rich?num_things=120&seed=1
     shards:/data/{00000..00007}.tar?sidecar=vesl
     coco:/data/coco?split=train2017
     mosaic:/data/pairs?grid=2-3&split=train
+    crops:coco:/data/coco?split=train2017?seed=1
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from opencloc.data import files
 from opencloc.data.coco import Coco, CocoConfig
+from opencloc.data.crops import Crops, CropsConfig
 from opencloc.data.folder import FolderConfig, ImageFolder
 from opencloc.data.mosaic import Mosaic, MosaicConfig, NamedSource
 from opencloc.data.sample import BadSample, Sample, Source
@@ -35,6 +37,7 @@ _CONFIGS: dict[str, type] = {
     "folder": FolderConfig,
     "coco": CocoConfig,
     "mosaic": MosaicConfig,
+    "crops": CropsConfig,
 }
 _OPTIONS = re.compile(r"\?(\w+=[^?]*)$")  # a `?` that begins no option is part of the location (a glob's wildcard)
 
@@ -48,10 +51,10 @@ def open_source(spec: str, *, image_px: int | None = None) -> Source:
     Raises `ValueError` naming the spec and what is wrong with it, with the allowed names or range, and
     `FileNotFoundError` for what is not there.
     """
-    kind, location, options = _parse(spec)
+    kind, location, options = parse_spec(spec)
     config_type = _CONFIGS[kind]
     values = {name: _value(spec, config_type, name, text) for name, text in options.items()}
-    if image_px is not None:
+    if image_px is not None and kind != "crops":
         values.setdefault("image_px", image_px)
     if kind == "scenes":
         if "mode" in values:
@@ -69,8 +72,31 @@ def open_source(spec: str, *, image_px: int | None = None) -> Source:
         "folder": lambda: ImageFolder(location, config),
         "coco": lambda: Coco(location, config),
         "mosaic": lambda: Mosaic(_photos(spec, location, config), config),
+        # a region of a quarter of the image's sides still fills the square
+        "crops": lambda: Crops(open_source(location, image_px=image_px and 4 * image_px), config),
     }
     return openers[kind]()
+
+
+def parse_spec(spec: str) -> tuple[str, str, dict[str, str]]:
+    """(kind, location, options as texts) of a spec; the kind of a bare path is found by looking at it.
+
+    Raises as `open_source`, but for options: their names and values are not looked at.
+    """
+    match = _OPTIONS.search(spec)
+    place = spec[: match.start()] if match else spec
+    options: dict[str, str] = {}
+    for part in match[1].split("&") if match else ():
+        name, equals, text = part.partition("=")
+        if not equals or name in options:
+            raise ValueError(f"{spec}: {part!r} is not an option key=value that comes once")
+        options[name] = text
+    kind, colon, location = place.partition(":")
+    if colon and kind in _CONFIGS:
+        return kind, location, options
+    if colon and not location.startswith(("//", ":")) and not files.exists(place):
+        raise ValueError(f"{spec}: unknown kind {kind!r}{_suggest(kind, list(_CONFIGS))}")
+    return _kind_of(spec, place), place, options
 
 
 def take(source: Source, n: int, start: int = 0) -> tuple[list[Sample], Counter[str]]:
@@ -91,24 +117,6 @@ def take(source: Source, n: int, start: int = 0) -> tuple[list[Sample], Counter[
                 raise
         index += 1
     return samples, reasons
-
-
-def _parse(spec: str) -> tuple[str, str, dict[str, str]]:
-    """(kind, location, options as texts) of a spec."""
-    match = _OPTIONS.search(spec)
-    place = spec[: match.start()] if match else spec
-    options: dict[str, str] = {}
-    for part in match[1].split("&") if match else ():
-        name, equals, text = part.partition("=")
-        if not equals or name in options:
-            raise ValueError(f"{spec}: {part!r} is not an option key=value that comes once")
-        options[name] = text
-    kind, colon, location = place.partition(":")
-    if colon and kind in _CONFIGS:
-        return kind, location, options
-    if colon and not location.startswith(("//", ":")) and not files.exists(place):
-        raise ValueError(f"{spec}: unknown kind {kind!r}{_suggest(kind, list(_CONFIGS))}")
-    return _kind_of(spec, place), place, options
 
 
 def _kind_of(spec: str, location: str) -> str:

@@ -39,6 +39,7 @@ from opencloc.model.prompts import (
     concatenate,
     patch_centres,
 )
+from opencloc.model.texts import PackedTexts
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's clip on the temperature
 POSITION_STD = 0.02  # transformers' initial spread of CLIP's position embeddings
@@ -206,9 +207,12 @@ class ClocModel(PreTrainedModel):
         pooled, tokens = towers.vision_forward(self.clip, pixels)
         return ImageFeatures(embedding=_normalize(pooled), tokens=tokens, grid=self.grid)
 
-    def encode_text(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B E"]:
-        """L2-normalised embeddings f_T(y); captions, region texts and text prompts share the tower."""
-        return _normalize(towers.text_forward(self.clip, input_ids))
+    def encode_text(self, texts: Int[Tensor, "U T"] | PackedTexts) -> Float[Tensor, "U E"]:
+        """L2-normalised embeddings f_T(y); captions, region texts and text prompts share the tower.
+
+        `texts`: one to a row, or packed (`ClocProcessor.pack`), which gives the same embeddings for less work.
+        """
+        return _normalize(towers.text_forward(self.clip, texts))
 
     def dense_embedding(self, features: ImageFeatures) -> Float[Tensor, "B N E"]:
         """Patch tokens in the joint space by the tower's own pooling: what a CLIP without Prompter has to offer."""
@@ -270,14 +274,14 @@ class ClocModel(PreTrainedModel):
     def forward(
         self,
         pixels: Float[Tensor, "B 3 S S"],
-        caption_ids: Int[Tensor, "B T"],
+        caption_ids: Int[Tensor, "B T"] | PackedTexts,
         boxes: Float[Tensor, "B M 4"] | None = None,
-        text_ids: Int[Tensor, "U W"] | None = None,
+        text_ids: Int[Tensor, "U W"] | PackedTexts | None = None,
         text_index: Int[Tensor, "B M"] | None = None,
     ) -> ClocOutput:
         """Everything the losses need, from one pass of each tower.
 
-        Distinct region texts are encoded once, as rows of `text_ids`; `text_index` says which row each region has.
+        Distinct region texts are encoded once: `text_ids` holds them, `text_index` says which of them each region has.
         Without boxes only the image-text part is computed (the CLIP baseline).
         """
         features = self.encode_image(pixels)

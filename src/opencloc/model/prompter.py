@@ -93,18 +93,35 @@ class CrossPrompter(nn.Module):
         self.projection = nn.Linear(width, embed_dim, bias=False)
 
     def forward(self, tokens: Float[Tensor, "B N D"], prompts: PromptBatch) -> PrompterOutput:
-        batch, count, num_tokens, width = prompts.tokens.shape
         memory = self.memory(tokens)
-        query = self.query(self.norm_query(prompts.tokens)).reshape(batch, count * num_tokens, width)
-        q, k, v = (self._heads(x) for x in (query, self.key(memory), self.value(memory)))
-        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-        if self.log_slope is not None:
-            penalty = prompts.penalty.reshape(batch, 1, count * num_tokens, -1)
-            scores = scores - self.log_slope.exp()[:, None, None] * penalty
-        attended = (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).reshape(batch, count, num_tokens, width)
-        x = masked_mean(self.out(attended), prompts.valid)
+        attention = self._attention(memory, prompts)
+        x = self.out(self._values(attention, memory))
         x = x + self.mlp(self.norm_mlp(x))
         return PrompterOutput(embedding=self.projection(self.norm_out(x)), memory=memory)
+
+    def _attention(self, memory: Float[Tensor, "B N D"], prompts: PromptBatch) -> Float[Tensor, "B H P N"]:
+        """Where each prompt looks: the mean over its tokens, since all that follows is linear up to the pooling."""
+        count, num_tokens = prompts.tokens.shape[1:3]
+        query = self._heads(self.query(self.norm_query(prompts.tokens.flatten(1, 2))))
+        if _few(query, memory):  # q . (W m + b) = (q W) . m + q . b
+            weight, bias = (x.unflatten(0, (self.num_heads, -1)) for x in (self.key.weight, self.key.bias))
+            scores = ((query @ weight).flatten(1, 2) @ memory.transpose(1, 2)).unflatten(1, (self.num_heads, -1))
+            scores = scores + query @ bias[..., None]
+        else:
+            scores = query @ self._heads(self.key(memory)).transpose(-1, -2)
+        scores = scores.float() * query.shape[-1] ** -0.5
+        if self.log_slope is not None:
+            scores = scores - self.log_slope.exp()[:, None, None] * prompts.penalty.flatten(1, 2)[:, None]
+        attention = scores.softmax(-1).unflatten(2, (count, num_tokens))
+        return masked_mean(attention, prompts.valid[:, None]).to(memory.dtype)
+
+    def _values(self, attention: Float[Tensor, "B H P N"], memory: Float[Tensor, "B N D"]) -> Float[Tensor, "B P D"]:
+        """Values of the image tokens under the attention, heads side by side."""
+        if _few(attention, memory):  # sum_n a_n (W m_n + b) = W sum_n a_n m_n + b, the weights summing to one
+            seen = (attention.flatten(1, 2) @ memory).unflatten(1, (self.num_heads, -1))
+            weight = self.value.weight.unflatten(0, (self.num_heads, -1)).transpose(-1, -2)
+            return (seen @ weight).transpose(1, 2).flatten(2) + self.value.bias
+        return (attention @ self._heads(self.value(memory))).transpose(1, 2).flatten(2)
 
     def _heads(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B H S d"]:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -125,16 +142,37 @@ class EncoderPrompter(nn.Module):
         self.projection = nn.Linear(width, embed_dim, bias=False)
 
     def forward(self, tokens: Float[Tensor, "B N D"], prompts: PromptBatch) -> PrompterOutput:
-        batch, count = prompts.tokens.shape[:2]
+        """What a whole encoder layer per prompt gives, with the work that prompts share done once per image.
+
+        Image tokens have the same queries, keys and values whatever the prompt, and the same attention to each other
+        up to the normaliser; the output projection goes before the sum over the prompt's own few keys, and the second
+        linear map of the MLP behind the mean.  Left per prompt and token is the first half of the MLP.
+        """
         memory = self.memory(tokens)
-        image = memory[:, None].expand(-1, count, -1, -1)
-        x = torch.cat([prompts.tokens.to(memory.dtype), image], dim=2).flatten(0, 1)  # (B P, K + N, D)
-        valid = torch.cat([prompts.valid, prompts.valid.new_ones(batch, count, image.shape[2])], 2).flatten(0, 1)
-        q, k, v = self.attention_in(self.norm_attention(x))[:, None].chunk(3, dim=-1)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None])[:, 0]
-        x = x + self.attention_out(attended)
-        x = x + self.mlp(self.norm_mlp(x))
-        pooled = masked_mean(x, valid).unflatten(0, (batch, count))
+        valid = prompts.valid[:, :, None]  # (B, P, 1, K)
+        own = prompts.tokens.to(memory.dtype)
+        image_q, image_k, image_v = self.attention_in(self.norm_attention(memory)).chunk(3, dim=-1)
+        own_q, own_k, own_v = self.attention_in(self.norm_attention(own)).chunk(3, dim=-1)
+        image_v, own_v = self.attention_out(image_v), self.attention_out(own_v)  # weights of a softmax sum to one
+        scale = image_q.shape[-1] ** -0.5
+
+        among_image = (image_q @ image_k.transpose(-1, -2)).float() * scale  # (B, N, N)
+        image_to_own = (image_q[:, None] @ own_k.transpose(-1, -2)).float() * scale  # (B, P, N, K)
+        image_to_own = image_to_own.masked_fill(~valid, float("-inf"))
+        shared = among_image.logsumexp(-1)[:, None, :, None].expand(-1, own.shape[1], -1, -1)
+        share = torch.cat([shared, image_to_own], -1).softmax(-1).to(memory.dtype)  # of the image, of each own token
+        attended = share[..., :1] * (among_image.softmax(-1).to(memory.dtype) @ image_v)[:, None]
+        image = memory[:, None] + attended + share[..., 1:] @ own_v  # (B, P, N, D)
+
+        own_to_image = (own_q @ image_k[:, None].transpose(-1, -2)).float() * scale  # (B, P, K, N)
+        own_to_own = ((own_q @ own_k.transpose(-1, -2)).float() * scale).masked_fill(~valid, float("-inf"))
+        weight = torch.cat([own_to_image, own_to_own], -1).softmax(-1).to(memory.dtype)
+        own = own + weight[..., : memory.shape[1]] @ image_v[:, None] + weight[..., memory.shape[1] :] @ own_v
+
+        x = torch.cat([own, image], 2)
+        valid = torch.cat([prompts.valid, prompts.valid.new_ones(image.shape[:3])], 2)
+        hidden = self.mlp[1](self.mlp[0](self.norm_mlp(x)))
+        pooled = masked_mean(x, valid) + self.mlp[2](masked_mean(hidden, valid))
         return PrompterOutput(embedding=self.projection(self.norm_out(pooled)), memory=memory)
 
 
@@ -190,9 +228,11 @@ class AnchoredBoxHead(nn.Module):
 
     def forward(self, output: PrompterOutput) -> Float[Tensor, "B P 4"]:
         z = F.normalize(output.embedding, dim=-1) * output.embedding.shape[-1] ** 0.5
-        query, key = self.query(z), self.key(output.memory)
-        attention = ((query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5).softmax(-1)  # (B, P, N)
-        attended = attention.to(output.memory.dtype) @ self.value(output.memory)
+        query = self.query(z)
+        # the projections of keys and values are carried to the side of the prompts, which are fewer than the patches
+        scores = (query @ self.key.weight) @ output.memory.transpose(-1, -2) + query @ self.key.bias[:, None]
+        attention = (scores.float() * query.shape[-1] ** -0.5).softmax(-1)  # (B, P, N)
+        attended = self.value(attention.to(output.memory.dtype) @ output.memory)
         offset, size = self.mlp(torch.cat([z, attended], -1)).float().chunk(2, dim=-1)
         centre = attention @ patch_centres(self.grid, attention.device) + OFFSET_SCALE * offset
         half = (size - 1).sigmoid() / 2  # a quarter of the side at the start
@@ -203,3 +243,8 @@ def masked_mean(x: Float[Tensor, "*S K D"], valid: Tensor) -> Float[Tensor, "*S 
     """Mean over the valid tokens; zeros where none is."""
     weight = valid.to(x.dtype)
     return (x * weight[..., None]).sum(-2) / weight.sum(-1, keepdim=True).clamp_min(1)
+
+
+def _few(rows: Float[Tensor, "B H Q X"], memory: Float[Tensor, "B N D"]) -> bool:
+    """Whether projecting the rows on the prompts' side costs less than projecting every image token."""
+    return 2 * rows.shape[2] <= memory.shape[1]

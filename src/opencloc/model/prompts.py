@@ -98,22 +98,21 @@ def patch_centres(grid: tuple[int, int], device: torch.device | None = None) -> 
 
 def box_penalty(boxes: Float[Tensor, "*S 4"], grid: tuple[int, int]) -> Float[Tensor, "*S N"]:
     """Distance of every patch centre to the box, in patches; 0 inside."""
-    centres, size = patch_centres(grid, boxes.device), boxes.new_tensor([grid[1], grid[0]])
-    boxes = boxes.float()[..., None, :]
+    centres, boxes = patch_centres(grid, boxes.device), boxes.float()[..., None, :]
     outside = torch.maximum(boxes[..., :2] - centres, centres - boxes[..., 2:]).clamp_min(0)
-    return _norm(outside * size)
+    return _in_patches(outside, grid).square().sum(-1).sqrt()  # torch.linalg upsets autocast
 
 
 def point_penalty(points: Float[Tensor, "*S 2"], grid: tuple[int, int]) -> Float[Tensor, "*S N"]:
     """Half the squared distance of every patch centre to the point, in patches."""
-    centres, size = patch_centres(grid, points.device), points.new_tensor([grid[1], grid[0]])
-    return ((points.float()[..., None, :] - centres) * size).square().sum(-1) / 2
+    offset = points.float()[..., None, :] - patch_centres(grid, points.device)
+    return _in_patches(offset, grid).square().sum(-1) / 2
 
 
 def mask_penalty(mask: Float[Tensor, "H W"], grid: tuple[int, int]) -> Float[Tensor, " N"]:
     """Distance in patches to the nearest covered patch, a patch half covered counting as half a patch away."""
     coverage = nn.functional.adaptive_avg_pool2d(mask.float()[None, None], grid).flatten()
-    centres = patch_centres(grid, mask.device) * mask.new_tensor([grid[1], grid[0]], dtype=torch.float32)
+    centres = _in_patches(patch_centres(grid, mask.device), grid)
     return (torch.cdist(centres, centres) + (1 - coverage)).amin(-1)
 
 
@@ -169,7 +168,8 @@ class PromptEncoder(nn.Module):
         scaled = (embeddings * embed_dim**0.5).to(self.text_kind.dtype)
         tokens = (self.text_projection(scaled) + self.text_kind)[:, :, None]
         penalty = torch.zeros(batch, count, 1, self.grid[0] * self.grid[1], device=tokens.device)
-        whole = penalty.new_tensor([0.0, 0.0, 1.0, 1.0]).expand(batch, count, 4)
+        corner = penalty.new_zeros(batch, count, 2)
+        whole = torch.cat([corner, corner + 1], -1)
         return PromptBatch(tokens=tokens, penalty=penalty, valid=_all_valid(tokens), boxes=whole)
 
     def forward(self, prompts: Sequence[Sequence[Prompt]]) -> PromptBatch:
@@ -259,6 +259,6 @@ def _all_valid(tokens: Tensor) -> Tensor:
     return torch.ones(tokens.shape[:3], dtype=torch.bool, device=tokens.device)
 
 
-def _norm(xy: Float[Tensor, "*S 2"]) -> Float[Tensor, "*S"]:
-    """Euclidean length without torch.linalg (which upsets autocast); no gradient is ever taken through it."""
-    return xy.square().sum(-1).sqrt()
+def _in_patches(xy: Float[Tensor, "*S 2"], grid: tuple[int, int]) -> Float[Tensor, "*S 2"]:
+    """Lengths in sides of the square, in patches.  No tensor is made of the grid: copying one would wait for a GPU."""
+    return torch.stack([xy[..., 0] * grid[1], xy[..., 1] * grid[0]], dim=-1)

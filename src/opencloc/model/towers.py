@@ -3,7 +3,7 @@
 The towers are transformers' own classes, untouched, so that every checkpoint of theirs loads and every export is theirs
 again.  This file owns the few lines in which the three families differ; nothing else in the project names a family.
 
-Symbols: B images or texts, N patches, T text tokens, D width of the vision tower, E width of the joint embedding,
+Symbols: B images, U texts, N patches, T text tokens, D width of the vision tower, E width of the joint embedding,
 S side of the square image in pixels.
 """
 
@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedConfig
+
+from opencloc.model.texts import PackedTexts
 
 FAMILIES = ("clip", "siglip", "siglip2")
 
@@ -77,13 +79,22 @@ def patchify(pixels: Float[Tensor, "B 3 S S"], patch: int) -> Float[Tensor, "B N
     return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch * patch * channels)
 
 
-def text_forward(towers: Any, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B E"]:
-    """Pooled and projected text embedding, not normalised.
+def text_forward(towers: Any, texts: Int[Tensor, "U T"] | PackedTexts) -> Float[Tensor, "U E"]:
+    """Pooled and projected text embedding, not normalised.  Packed texts get what they would get one to a row.
 
-    No attention mask: CLIP's attention is causal and reads the end-of-text token, so padding behind it changes
-    nothing; SigLIP was trained attending to its padding.
+    No attention mask for padding: CLIP's attention is causal and reads the end-of-text token, so padding behind it
+    changes nothing; SigLIP was trained attending to its padding, and cannot be packed.
     """
-    return towers.get_text_features(input_ids=input_ids).pooler_output
+    if isinstance(texts, Tensor):
+        return towers.get_text_features(input_ids=texts).pooler_output
+    assert not pads_to_max_length(towers.config)
+    mask = texts.attention()
+    if towers.text_model.config._attn_implementation == "eager":  # which adds its mask to the scores
+        mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, float("-inf"))
+    text = towers.text_model  # part by part: its own forward refuses rows longer than a text and pools one token a row
+    x = text.embeddings.token_embedding(texts.input_ids) + text.embeddings.position_embedding(texts.position_ids)
+    x = text.encoder(inputs_embeds=x, attention_mask=mask, is_causal=True).last_hidden_state
+    return towers.text_projection(text.final_layer_norm(x.flatten(0, 1)[texts.end]))
 
 
 def dense_embedding(towers: Any, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N E"]:

@@ -27,7 +27,24 @@ def build_model(config: TrainConfig, resume_from: Path | None = None) -> tuple[C
     model, processor = _build(config, resume_from)
     model.float()  # weights are fp32 whatever the checkpoint was saved in; `precision` says what is computed in
     model.set_attn_implementation(config.model.attention)
+    apply_options(model, config)
     return model, processor
+
+
+def apply_options(model: ClocModel, config: TrainConfig) -> None:
+    """Activation checkpointing and compilation, in place: no parameter is renamed, no result changes but by rounding.
+
+    Layers of the towers are compiled one by one, on their first call: equal ones share their code, and what shards or
+    checkpoints a layer still finds it.
+    """
+    if config.activation_checkpointing:
+        # transformers renamed the method in the course of version 5
+        older: Any = getattr(model, "gradient_checkpointing_enable", None)
+        getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})
+    if config.compile:
+        layers = [*model.clip.vision_model.encoder.layers, *model.clip.text_model.encoder.layers]
+        for module in [*layers, model.prompter]:
+            module.compile()
 
 
 def _build(config: TrainConfig, resume_from: Path | None) -> tuple[ClocModel, ClocProcessor]:

@@ -5,6 +5,10 @@
 
 Only safetensors and JSON are written and read, no pickle.  A checkpoint appears atomically under its name: what
 carries a step's name is whole.
+
+A sharded run writes the same folder: tensor by tensor the shards are put together in the first rank's memory, which
+writes; reading, every rank takes its own shard of each tensor.  So a checkpoint says nothing of the ranks that made it,
+and any number of them, sharded or not, goes on from it.
 """
 
 from __future__ import annotations
@@ -12,30 +16,40 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opencloc.model.cloc import ClocModel
 from opencloc.model.processor import ClocProcessor
+from opencloc.train.distributed import ALONE, Ranks, whole
 
 
-def save_model(folder: Path, model: ClocModel, processor: ClocProcessor, **files: Any) -> None:
-    """Writes model and processor to `folder`, atomically, replacing what was there.
+def save_model(
+    folder: Path, model: ClocModel, processor: ClocProcessor, ranks: Ranks = ALONE, **files: Mapping[str, Any]
+) -> None:
+    """Writes model and processor to `folder`, atomically, replacing what was there; every rank has to call it.
 
-    `files`: name -> dict of tensors (safetensors) or anything else (JSON), written beside them.
+    `files`: name -> dict of tensors (`optimizer`, as safetensors) or anything else (JSON), written beside them.
     """
+    weights = _whole_tensors(model.state_dict(), ranks)
+    files = {name: _whole_tensors(f, ranks) if name == "optimizer" else f for name, f in files.items()}
+    if not ranks.is_first:
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, state_dict=weights)
     processor.save_pretrained(partial)
     for name, content in files.items():
         if name == "optimizer":
-            save_file(content, partial / "optimizer.safetensors")
+            save_file(dict(content), partial / "optimizer.safetensors")
         else:
             (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     if folder.exists():
@@ -56,14 +70,17 @@ def save_checkpoint(
     state: dict[str, Any],
     *,
     keep: int,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Writes the state after `step` steps and removes all but the newest `keep` checkpoints."""
     folder = root / f"step_{step:07d}"
-    save_model(folder, model, processor, optimizer=_optimizer_tensors(model, optimizer), train_state=state)
-    for old in list_checkpoints(root)[:-keep]:
-        shutil.rmtree(old)
-    for leftover in root.glob(".*"):  # of a process that was killed while it wrote
-        shutil.rmtree(leftover, ignore_errors=True)
+    tensors = _optimizer_tensors(model, optimizer)
+    save_model(folder, model, processor, ranks, optimizer=tensors, train_state=state)
+    if ranks.is_first:
+        for old in list_checkpoints(root)[:-keep]:
+            shutil.rmtree(old)
+        for leftover in root.glob(".*"):  # of a process that was killed while it wrote
+            shutil.rmtree(leftover, ignore_errors=True)
     return folder
 
 
@@ -72,34 +89,60 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step_*") if (path / "train_state.json").is_file())
 
 
+@torch.no_grad()
 def load_checkpoint(folder: Path, model: ClocModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Loads weights and optimizer state in place and returns the saved `state`.
+    """Loads weights and optimizer state in place, sharded as the model is, and returns the saved `state`.
 
     Raises ValueError if the checkpoint belongs to another architecture.
     """
-    weights = load_file(folder / "model.safetensors")
-    try:
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"{folder}: the checkpoint does not fit this model: {error}") from None
-    tied = set(model.all_tied_weights_keys or ())
-    if unexpected or set(missing) - tied:
-        raise ValueError(f"{folder}: the checkpoint does not fit this model (missing {missing}, unknown {unexpected})")
-    tensors = load_file(folder / "optimizer.safetensors")
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            prefix = f"{names[parameter]}."
-            saved = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-            # `step` stays a CPU scalar unless the fused kernel wants it where the parameter is
-            optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in saved.items()}
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        own, saved = model.state_dict(), set(file.keys())
+        missing = own.keys() - saved - set(model.all_tied_weights_keys or ())
+        if missing or saved - own.keys():
+            raise ValueError(
+                f"{folder}: the checkpoint does not fit this model "
+                f"(missing {sorted(missing)}, unknown {sorted(saved - own.keys())})"
+            )
+        for name in sorted(saved):
+            value = file.get_tensor(name)
+            if value.shape != own[name].shape:
+                shapes = f"{tuple(value.shape)} there, {tuple(own[name].shape)} here"
+                raise ValueError(f"{folder}: the checkpoint does not fit this model: {name} is {shapes}")
+            own[name].copy_(_shard_like(value, own[name]))
+    parameters = {p: p for group in optimizer.param_groups for p in group["params"]}
+    names = {name: parameters[p] for name, p in model.named_parameters() if p in parameters}
+    with safe_open(folder / "optimizer.safetensors", "pt") as file:
+        for name in sorted(file.keys()):
+            owner, _, entry = name.rpartition(".")
+            value, parameter = file.get_tensor(name), names[owner]
+            # the counter of steps is one number for all shards; the fused kernel wants it where the parameter is
+            value = _shard_like(value, parameter) if value.ndim else value.to(parameter.device)
+            optimizer.state[parameter][entry] = value
     return json.loads((folder / "train_state.json").read_text())
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{names[parameter]}.{key}": value.contiguous()
+        f"{names[parameter]}.{key}": value
         for parameter, entries in optimizer.state.items()
         for key, value in entries.items()
     }
+
+
+def _whole_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """All of the tensors, put together one by one, in the first rank's memory; the other ranks get none."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if ranks.is_first:
+            gathered[name] = full.cpu().contiguous() if isinstance(tensor, DTensor) else full.contiguous()
+    return gathered
+
+
+def _shard_like(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor on the device of `like`, or this rank's shard of it."""
+    value = value.to(like.device)
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)

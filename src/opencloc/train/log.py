@@ -18,10 +18,13 @@ from opencloc.model.cloc import ClocOutput
 
 
 class RunLog:
-    """Collects steps and writes one record per `log_every` of them.  Values are read off the device only then."""
+    """Collects steps and writes one record per `log_every` of them.  Values are read off the device only then.
 
-    def __init__(self, out: Path, config: TrainConfig, *, start: int) -> None:
-        self.out, self.config, self.console = out, config, Console(stderr=True)
+    `quiet`: nothing is written or shown, as on all ranks but the first.
+    """
+
+    def __init__(self, out: Path, config: TrainConfig, *, start: int, quiet: bool = False) -> None:
+        self.out, self.config, self.console, self.quiet = out, config, Console(stderr=True), quiet
         self.waited, self.since_step, self.since = 0.0, start, time.perf_counter()
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -32,12 +35,14 @@ class RunLog:
             TimeRemainingColumn(),
             TextColumn("{task.fields[status]}"),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=quiet or not self.console.is_terminal,
         )
         self.task = self.progress.add_task(out.name, total=config.steps, completed=start, status="")
         self.tensorboard: Any = None
 
     def __enter__(self) -> RunLog:
+        if self.quiet:
+            return self
         self.file = (self.out / "log.jsonl").open("a")
         if self.config.tensorboard:
             try:
@@ -49,26 +54,27 @@ class RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.quiet:
+            return
         self.progress.stop()
         self.file.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
 
-    def step(
-        self,
-        step: int,
-        loss: ClocLoss,
-        output: ClocOutput,
-        grad_norm: Tensor,
-        *,
-        lr: float,
-        waited: float,
-        skipped: Counter[str],
-    ) -> None:
-        """Notes one step (counted from 1)."""
+    def step(self, step: int, waited: float) -> None:
+        """Notes that a step (counted from 1) is done, and how long it waited for its data in seconds."""
         self.waited += waited
         self.progress.update(self.task, completed=step)
-        if step % self.config.log_every and step != self.config.steps:
+
+    def due(self, step: int) -> bool:
+        """Whether the step is one whose record is written: the same answer on every rank."""
+        return step % self.config.log_every == 0 or step == self.config.steps
+
+    def write(
+        self, step: int, loss: ClocLoss, output: ClocOutput, grad_norm: Tensor, *, lr: float, skipped: Counter[str]
+    ) -> None:
+        """Writes the record of a step."""
+        if self.quiet:
             return
         now = time.perf_counter()
         seconds, steps = now - self.since, step - self.since_step

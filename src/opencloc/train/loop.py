@@ -3,6 +3,9 @@
 Read it top to bottom.  The run's folder holds config.json, log.jsonl (one JSON object per logged step), checkpoints/
 and, at the end, model/.  Running the same configuration again resumes from the newest checkpoint; the result equals
 the uninterrupted run bit for bit on CPU.
+
+Under torchrun every process runs this same file: each has its share of the rows of every batch, the losses and their
+gradients are the whole batch's, and the first rank alone writes (`opencloc.train.distributed`).
 """
 
 from __future__ import annotations
@@ -13,23 +16,40 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
 from opencloc.config import LossConfig, TrainConfig, from_json, to_json
-from opencloc.data.loader import Batch, TrainingExamples, training_batches
+from opencloc.data.batch import Batch
+from opencloc.data.loader import TrainingExamples, check_skipped, training_batches
 from opencloc.data.source import open_source
 from opencloc.loss import ClocLoss, cloc_loss
-from opencloc.model.cloc import ClocModel, ClocOutput
+from opencloc.model.cloc import ClocOutput
 from opencloc.train.build import build_model
 from opencloc.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, save_model
+from opencloc.train.distributed import ALONE, Agreement, Ranks, clip_gradients, gradient_sync, process_ranks, spread
 from opencloc.train.log import RunLog
 from opencloc.train.optim import learning_rate, make_optimizer
+
+# fields that may differ on resuming: where and how it runs, not what is computed
+FREE = {
+    "out",
+    "data.num_workers",
+    "data.max_skipped_share",
+    "compile",
+    "activation_checkpointing",
+    "sharding",
+    "device",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "tensorboard",
+}
 
 
 class Interrupted(Exception):
@@ -39,23 +59,36 @@ class Interrupted(Exception):
 def train(config: TrainConfig) -> Path:
     """Runs (or resumes) the training and returns the folder of the final model.
 
-    Raises ValueError if the folder holds another run's configuration, `Interrupted` after Ctrl-C or SIGTERM.
+    Raises ValueError if the folder holds another run's configuration or the batch cannot be shared out among the ranks,
+    `Interrupted` after Ctrl-C or SIGTERM.
     """
-    # -- set-up ------------------------------------------------------------------------------------------------------
-    out = Path(config.out)
-    claim_folder(out, config)
     device = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     )
+    with process_ranks(device) as (ranks, device):
+        return run(config, ranks, device)
+
+
+def run(config: TrainConfig, ranks: Ranks, device: torch.device) -> Path:
+    """`train` as one of `ranks`, on `device`."""
+    # -- set-up ------------------------------------------------------------------------------------------------------
+    out = Path(config.out)
+    if ranks.is_first:
+        claim_folder(out, config)
+    ranks.wait()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers and forked workers do not mix
     bf16 = config.precision == "bf16" or (config.precision == "auto" and has_native_bf16(device))
+    if bf16 and device.type == "cuda":  # what stays float32, as the losses do, is multiplied as TF32
+        torch.set_float32_matmul_precision("high")
     disable_progress_bar()  # transformers' own, one for every checkpoint
     checkpoints = out / "checkpoints"
-    resume_from = next(reversed(list_checkpoints(checkpoints)), None)
+    newest = [path.name for path in list_checkpoints(checkpoints)][-1:]  # the first rank's word counts
+    resume_from = next((checkpoints / name for name in ranks.gather_json(newest)[0]), None)
 
     model, processor = build_model(config, resume_from)
     model.train()
     model.to(device)  # pyright: ignore[reportArgumentType]
+    parallel = spread(model, ranks, config.sharding)  # computes; `model` holds the parameters
     sources = [open_source(spec, image_px=processor.image_size) for spec in config.data.train]
     examples = TrainingExamples(
         sources,
@@ -63,12 +96,14 @@ def train(config: TrainConfig) -> Path:
         num_regions=config.data.num_regions,
         image_size=processor.image_size,
         seed=config.seed,
+        lanes=config.data.lanes,
     )
     optimizer = make_optimizer(model, config.optim)
-    step, skipped = 0, Counter[str]()
+    step, skipped = 0, Counter[str]()  # every rank counts what it skips; a checkpoint holds the sum
     if resume_from is not None:
         state = load_checkpoint(resume_from, model, optimizer)
-        step, skipped = state["step"], Counter(state["skipped"])
+        step, skipped = state["step"], Counter(state["skipped"] if ranks.is_first else ())
+        check_data(state["data"], examples.fingerprint, resume_from)
     batches = training_batches(
         examples,
         processor,
@@ -76,85 +111,99 @@ def train(config: TrainConfig) -> Path:
         start=step,
         stop=config.steps,
         num_workers=config.data.num_workers,
+        rank=ranks.rank,
+        world_size=ranks.size,
+        device=device,
     )
 
+    def all_skipped() -> Counter[str]:
+        return sum(map(Counter, ranks.gather_json(skipped)), Counter())
+
     def save() -> None:
-        state = {"step": step, "skipped": dict(skipped)}
-        save_checkpoint(checkpoints, step, model, processor, optimizer, state, keep=config.keep_checkpoints)
+        state = {"step": step, "skipped": dict(all_skipped()), "data": examples.fingerprint}
+        keep = config.keep_checkpoints
+        save_checkpoint(checkpoints, step, model, processor, optimizer, state, keep=keep, ranks=ranks)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
-    with RunLog(out, config, start=step) as log, stop_requests() as stop:
+    with RunLog(out, config, start=step, quiet=not ranks.is_first) as log, stop_requests(ranks) as stop:
         while step < config.steps:
             started = time.perf_counter()
             batch = next(batches)
             skipped += batch.skipped
-            batch = batch.to(device)
             waited = time.perf_counter() - started
 
             lr = learning_rate(step, config.steps, config.optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss, output = backward(model, batch, config.loss, config.micro_batch_size)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+            loss, output = backward(parallel, batch, config.loss, config.micro_batch_size, bf16=bf16, ranks=ranks)
+            grad_norm = clip_gradients(model, config.optim.grad_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
 
-            log.step(step, loss, output, grad_norm, lr=lr, waited=waited, skipped=skipped)
+            log.step(step, waited)
+            if log.due(step):
+                total = all_skipped()
+                check_skipped(total, step * config.batch_size, config.data.max_skipped_share)
+                log.write(step, loss, output, grad_norm, lr=lr, skipped=total)
             if step % config.checkpoint_every == 0 or step == config.steps:
                 save()
-            if stop.requested:
+            if stop.agreed():
                 save()
                 raise Interrupted(f"stopped after step {step} of {config.steps}; run the same command again to go on")
 
     # -- the end -----------------------------------------------------------------------------------------------------
-    save_model(out / "model", model, processor)
+    save_model(out / "model", model, processor, ranks)
+    ranks.wait()
     return out / "model"
 
 
 def backward(
-    model: ClocModel, batch: Batch, config: LossConfig, micro_batch_size: int | None
+    model: nn.Module,
+    batch: Batch,
+    config: LossConfig,
+    micro_batch_size: int | None,
+    *,
+    bf16: bool = False,
+    ranks: Ranks = ALONE,
 ) -> tuple[ClocLoss, ClocOutput]:
-    """Loss of the batch; its gradients are added to the model's.
+    """Loss of the batch (of all ranks); its gradients are added to the model's.
 
     In micro-batches the contrastive batch stays whole (gradient caching, Gao et al. 2021): embeddings of all
     micro-batches first, without a graph; the loss of the whole batch and its gradients with respect to them; then each
-    micro-batch again, with a graph, fed with its share of those gradients.
+    micro-batch again, with a graph, fed with its share of those gradients.  A batch in one piece keeps its graph.
     """
-    if micro_batch_size is None or micro_batch_size >= len(batch.pixels):
-        output = forward(model, batch, config)
-        loss = cloc_loss(output, batch.boxes, batch.valid, batch.text_hash, config)
-        check_finite(loss)
-        loss.total.backward()
-        return loss, output
-    pieces = batch.split(micro_batch_size)
-    with torch.no_grad():
-        cached = [fields(forward(model, piece, config)) for piece in pieces]
-    whole = {
-        name: (torch.cat([c[name] for c in cached]) if value.ndim else value.clone()).requires_grad_()
-        for name, value in cached[0].items()
+    one = micro_batch_size is None or micro_batch_size >= len(batch.pixels)
+    pieces = [batch] if one else batch.split(micro_batch_size)
+    with torch.set_grad_enabled(one):
+        outputs = [fields(forward(model, piece, config, bf16)) for piece in pieces]
+    cached = {
+        name: (torch.cat([o[name].detach() for o in outputs]) if value.ndim else value.detach()).requires_grad_()
+        for name, value in outputs[0].items()
     }
-    output = ClocOutput(**whole)
-    loss = cloc_loss(output, batch.boxes, batch.valid, batch.text_hash, config)
+    output = ClocOutput(**cached)
+    loss = cloc_loss(output, batch.boxes, batch.valid, batch.text_hash, config, ranks.group)
     check_finite(loss)
     loss.total.backward()
+    # every rank has its share of the gradient, and DDP and FSDP take the mean over ranks where a sum is wanted
+    gradients = {name: value.grad * ranks.size for name, value in cached.items() if value.grad is not None}
+    rows = [len(piece.pixels) for piece in pieces]
     for i, piece in enumerate(pieces):
-        rows = slice(i * micro_batch_size, (i + 1) * micro_batch_size)
-        parts = [
-            (value * (grad[rows] if value.ndim else grad / len(pieces))).sum()
-            for name, value in fields(forward(model, piece, config)).items()
-            if (grad := whole[name].grad) is not None
-        ]
-        torch.stack(parts).sum().backward()
+        with gradient_sync(model, wanted=i == len(pieces) - 1):
+            part = outputs[i] if one else fields(forward(model, piece, config, bf16))
+            # a scale belongs to all pieces alike
+            given = {name: g.split(rows)[i] if g.ndim else g / len(pieces) for name, g in gradients.items()}
+            torch.autograd.backward([part[name] for name in given], list(given.values()))
     return loss, output
 
 
-def forward(model: ClocModel, batch: Batch, config: LossConfig) -> ClocOutput:
+def forward(model: nn.Module, batch: Batch, config: LossConfig, bf16: bool = False) -> ClocOutput:
     """The model's output for a batch; without regions if they have no weight."""
-    if config.region_weight == 0:
-        return model(batch.pixels, batch.caption_ids)
-    return model(batch.pixels, batch.caption_ids, batch.boxes, batch.text_ids, batch.text_index)
+    # a context for every pass: casts that autocast keeps from a pass without a graph would have none in the next
+    with torch.autocast(batch.pixels.device.type, torch.bfloat16, enabled=bf16):
+        if config.region_weight == 0:
+            return model(batch.pixels, batch.caption_ids)
+        return model(batch.pixels, batch.caption_ids, batch.boxes, batch.text_ids, batch.text_index)
 
 
 def fields(output: ClocOutput) -> dict[str, Tensor]:
@@ -176,17 +225,25 @@ def check_finite(loss: ClocLoss) -> None:
         raise FloatingPointError(f"the loss is not finite: {parts}; lower optim.lr or raise optim.warmup_steps")
 
 
+def check_data(saved: str, now: str, checkpoint: Path) -> None:
+    """Raises ValueError if the samples would come in another order than when the checkpoint was made."""
+    if saved != now:
+        raise ValueError(
+            f"{checkpoint}: the training data has changed since (sources, sizes, tars or shares), so the run cannot go "
+            "on where it stopped; bring the data back, or start a new run with model.init_from"
+        )
+
+
 def claim_folder(out: Path, config: TrainConfig) -> None:
     """Writes config.json, or checks that the run found there is this one.
 
-    What may differ on resuming: where and how it runs, not what is computed.  Raises ValueError naming the rest.
+    Raises ValueError naming every field that differs and may not (`FREE`).
     """
     path = out / "config.json"
     if path.exists():
-        free = {"out", "device", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard"}
         found = from_json(TrainConfig, path.read_text(), path)
-        old, new = (flatten(asdict(replace(c, data=replace(c.data, num_workers=0)))) for c in (found, config))
-        changed = [f"{k}: {old[k]!r} there, {new[k]!r} asked for" for k in old if k not in free and old[k] != new[k]]
+        old, new = flatten(asdict(found)), flatten(asdict(config))
+        changed = [f"{k}: {old[k]!r} there, {new[k]!r} asked for" for k in old if k not in FREE and old[k] != new[k]]
         if changed:
             raise ValueError(
                 f"{out} holds a run with another configuration; choose another --out.\n" + "\n".join(changed)
@@ -205,28 +262,38 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-@dataclass
 class StopRequest:
-    requested: bool = False
+    """Whether somebody asked this rank to stop, and whether the ranks have agreed to."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self.requested, self.agreement = ranks, False, Agreement(ranks)
+
+    def agreed(self) -> bool:
+        """Whether to stop after this step: the same answer on every rank."""
+        return self.agreement.exchange(self.requested)
 
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Turns Ctrl-C and SIGTERM into a flag that the loop reads between steps; a second one stops at once."""
-    stop = StopRequest()
+def stop_requests(ranks: Ranks) -> Iterator[StopRequest]:
+    """Turns Ctrl-C and SIGTERM into a request that the loop reads between steps.
+
+    A second one stops at once, but not under torchrun: it hands on what the ranks have had from the terminal already,
+    and kills by itself what does not end.
+    """
+    stop = StopRequest(ranks)
 
     def handle(number: int, _frame: object) -> None:
-        if stop.requested:
+        if stop.requested and ranks.size == 1:
             raise KeyboardInterrupt
         stop.requested = True
 
     try:
         old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not in the main thread: signals are somebody else's business
-        yield stop
-        return
+        old = {}
     try:
         yield stop
+        stop.agreement.close()
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

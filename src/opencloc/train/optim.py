@@ -19,11 +19,18 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters: weight decay on matrices, none on vectors, scales and positions."""
-    decayed, plain = [], []
+    """AdamW over the trainable parameters: weight decay on matrices, none on vectors, positions and scales.
+
+    Scalars are a group of their own: sharded and whole parameters cannot share one.
+    """
+    decayed, plain, scalars = [], [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             matrix = parameter.ndim >= 2 and "position_embedding" not in name and "_kind" not in name
-            (decayed if matrix else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+            (decayed if matrix else plain if parameter.ndim else scalars).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+        {"params": scalars, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)

@@ -21,8 +21,7 @@ from opencloc.data.folder import ImageFolder
 from opencloc.data.sample import BadSample, Sample
 from opencloc.data.shards import expand_urls, iter_shard
 from opencloc.data.sidecar import SidecarRow, read_sidecar, sidecar_path, stats_path, write_sidecar
-from opencloc.data.source import _parse as parse_source
-from opencloc.data.source import open_source
+from opencloc.data.source import open_source, parse_spec
 from opencloc.vesl.caption import load_captioner
 from opencloc.vesl.detect import load_detector
 from opencloc.vesl.engine import Engine, Failures, Tally, label_samples
@@ -84,7 +83,7 @@ def find_shards(config: LabelConfig) -> list[Shard]:
 
 def _shards_of(spec: str, config: LabelConfig) -> list[Shard]:
     name = config.name if config.output is None else f"{config.output.rstrip('/')}/{config.name}"
-    kind, location, options = parse_source(spec)
+    kind, location, options = parse_spec(spec)
     if kind == "shards":
         if options:
             raise ValueError(f"{spec}: tars to be labelled take no options, got {', '.join(options)}")

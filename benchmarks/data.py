@@ -1,0 +1,253 @@
+"""Images per second and core of the training stream, against bare decoding and two libraries, on the same tars.
+
+    python -m venv /tmp/venv-data
+    /tmp/venv-data/bin/pip install webdataset datasets pillow==13.0.0 numpy
+    export OMP_NUM_THREADS=1
+    python benchmarks/data.py --data ../shared/data --python /tmp/venv-data/bin/python --out results/data
+
+The libraries run in their own interpreter (`benchmarks/data_libraries.py`).  Every reader does the same work: photo and
+caption out of the tar, shuffled, JPEG decoded, letterboxed to 224 pixels.  One process each, measured in CPU seconds,
+which other programs on the machine don't prolong much; all take turns, round by round, and the medians are compared.
+Bare decoding has the bytes in memory: decode at the scale needed, resize, nothing else.
+
+Two sets of tars are made from the photos of coco740 (one caption each, as `KEY.jpg`, `KEY.txt`, `KEY.json`): the photos
+as they are (short side 256), and enlarged three times (short side 768), as photos lie on the web.
+
+Prints Markdown and writes it to OUT/README.md, with the figures in OUT/figures.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import pickle
+import platform
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+
+from opencloc.data.coco import Coco, CocoConfig
+from opencloc.data.loader import TrainingExamples, training_batches
+from opencloc.data.shards import Shards, ShardsConfig, ShardWriter
+from opencloc.model.processor import ClocProcessor, train_tokenizer
+
+SIDE = 224
+BATCH = 64
+Round = Callable[[int], tuple[int, float]]  # number of the round -> images, CPU seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder with coco740/")
+    parser.add_argument("--python", help="interpreter with webdataset and datasets; without it they are left out")
+    parser.add_argument("--out", help="folder for README.md and figures.json")
+    parser.add_argument(
+        "--photos", type=int, default=320, help=f"of the first set, at least {4 * BATCH}; of the second a quarter"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    figures: dict[str, Any] = {
+        "command": " ".join(["python", *sys.argv]),
+        "python": platform.python_version(),
+        "pillow": PIL.__version__,
+        "processor": _processor_name(),
+        "rounds": arguments.rounds,
+        "sets": {},
+    }
+    with tempfile.TemporaryDirectory() as work:
+        os.environ["OPENCLOC_CACHE"] = f"{work}/cache"
+        for name, enlarge, limit in (
+            ("short side 256", 1, arguments.photos),
+            ("short side 768", 3, arguments.photos // 4),
+        ):
+            folder = f"{work}/{enlarge}"
+            photos = write_tars(f"{arguments.data}/coco740", folder, enlarge, limit)
+            figures["sets"][name] = measure(folder, photos, arguments.python, arguments.rounds)
+    report = markdown(figures)
+    print(report)
+    if arguments.out:
+        out = Path(arguments.out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+        (out / "README.md").write_text(report)
+
+
+def write_tars(location: str, folder: str, enlarge: int, limit: int) -> list[bytes]:
+    """Writes the photos into four tars and returns their bytes."""
+    sources = [Coco(location, CocoConfig(split=split)) for split in ("train", "test")]
+    found = [(source, index) for source in sources for index in range(source.size)][:limit]
+    photos = []
+    with ShardWriter(folder, samples_per_shard=-(-len(found) // 4)) as writer:
+        for source, index in found:
+            sample, data = source[index], source.image_bytes(index)
+            if enlarge > 1:
+                buffer = io.BytesIO()
+                size = sample.image.width * enlarge, sample.image.height * enlarge
+                sample.image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+                data = buffer.getvalue()
+            photos.append(data)
+            writer.write(sample, data)
+    for tar in writer.paths:
+        add_captions(tar)
+    return photos
+
+
+def add_captions(tar: str) -> None:
+    """Puts a KEY.txt with the first caption behind every KEY.jpg, as img2dataset does."""
+    with tarfile.open(tar) as old, tarfile.open(f"{tar}.new", "w") as new:
+        for info in old:
+            member = old.extractfile(info)
+            assert member is not None
+            data = member.read()
+            new.addfile(info, io.BytesIO(data))
+            if info.name.endswith(".json"):
+                caption = json.loads(data).get("caption") or ["a photo"]
+                text = (caption if isinstance(caption, str) else caption[0]).encode()
+                note = tarfile.TarInfo(info.name.removesuffix(".json") + ".txt")
+                note.size = len(text)
+                new.addfile(note, io.BytesIO(text))
+    os.replace(f"{tar}.new", tar)
+
+
+def measure(folder: str, photos: list[bytes], python: str | None, rounds: int) -> dict[str, Any]:
+    """Microseconds of CPU per image of every reader, all rounds."""
+    readers: dict[str, Round] = {"bare decode and resize": lambda _: bare(photos)}
+    source = Shards(folder, ShardsConfig(image_px=SIDE))
+    assert source.size == len(photos)
+    readers["opencloc"] = lambda number: stream(source, number)
+    processor = ClocProcessor(train_tokenizer(["a photo of a dog"], 300, 32), image_size=SIDE, max_text_length=32)
+    readers["opencloc, batches of tensors"] = lambda number: batches(source, processor, number)
+    children = []
+    if python is not None:
+        for library in ("webdataset", "datasets"):
+            for mode in ("as-documented", "scaled"):
+                child = start_library(python, library, mode, source.urls)
+                children.append(child)
+                readers[f"{library}, {mode.replace('-', ' ')}"] = lambda _, child=child: ask(child)
+    micros: dict[str, list[float]] = {name: [] for name in readers}
+    for number in range(rounds + 1):
+        for name, read in readers.items():
+            images, cpu_s = read(number)
+            assert images == len(photos) // BATCH * BATCH or images == len(photos), f"{name} read {images}"
+            if number:  # the first round warms up
+                micros[name].append(1e6 * cpu_s / images)
+                print(f"{folder} round {number}: {micros[name][-1]:,.0f} us {name}", file=sys.stderr)
+    for child in children:
+        child.communicate()
+    mean_kb = statistics.mean(map(len, photos)) / 1000
+    return {"photos": len(photos), "mean_kb": round(mean_kb, 1), "cpu_us_per_image": micros}
+
+
+def bare(photos: list[bytes]) -> tuple[int, float]:
+    start = time.process_time()
+    for data in photos:
+        image = Image.open(io.BytesIO(data))
+        factor = SIDE / max(image.size)
+        image.draft("RGB", (max(1, int(np.ceil(image.width * factor))), max(1, int(np.ceil(image.height * factor)))))
+        factor = SIDE / max(image.size)
+        inner = max(1, round(image.width * factor)), max(1, round(image.height * factor))
+        np.asarray(image.resize(inner, Image.Resampling.BICUBIC))
+    return len(photos), time.process_time() - start
+
+
+def fresh(source: Shards) -> TrainingExamples:
+    """The stream as a worker gets it: nothing read yet."""
+    again = pickle.loads(pickle.dumps(source))
+    return TrainingExamples([again], (), num_regions=4, image_size=SIDE, seed=0)
+
+
+def stream(source: Shards, number: int) -> tuple[int, float]:
+    start = time.process_time()
+    examples = fresh(source)
+    for position in range(number * source.size, (number + 1) * source.size):
+        examples[position]
+    return source.size, time.process_time() - start
+
+
+def batches(source: Shards, processor: ClocProcessor, number: int) -> tuple[int, float]:
+    """With captions and region texts tokenised, images stacked and normalised."""
+    start = time.process_time()
+    per_epoch = source.size // BATCH
+    first = number * per_epoch
+    made = training_batches(
+        fresh(source), processor, batch_size=BATCH, start=first, stop=first + per_epoch, num_workers=0
+    )
+    images = sum(len(batch.pixels) for batch in made)
+    return images, time.process_time() - start
+
+
+def start_library(python: str, library: str, mode: str, tars: list[str]) -> subprocess.Popen[str]:
+    script = str(Path(__file__).with_name("data_libraries.py"))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    return subprocess.Popen(
+        [python, script, library, mode, *tars],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    )
+
+
+def ask(child: subprocess.Popen[str]) -> tuple[int, float]:
+    """One round of a library's process."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write("again\n")
+    child.stdin.flush()
+    answer = json.loads(child.stdout.readline())
+    return answer["images"], answer["cpu_s"]
+
+
+def markdown(figures: dict[str, Any]) -> str:
+    lines = [
+        "# The data path",
+        "",
+        f"One core of {figures['processor']}, Python {figures['python']}, Pillow {figures['pillow']}; medians of "
+        f"{figures['rounds']} rounds in which the readers take turns, in CPU time.  `ratio`: speed relative to bare "
+        "decoding, with the lowest and highest of the rounds (each against the bare decoding of its own round).",
+        "",
+        f"    {figures['command']}",
+    ]
+    for name, found in figures["sets"].items():
+        rounds = found["cpu_us_per_image"]
+        bare = rounds["bare decode and resize"]
+        lines += [
+            "",
+            f"## {found['photos']} photos, {name}, {found['mean_kb']} kB each",
+            "",
+            "| reader | CPU µs per image | images/s per core | ratio | range |",
+            "|---|---|---|---|---|",
+        ]
+        for reader, micros in rounds.items():
+            median = statistics.median(micros)
+            ratios = sorted(b / m for b, m in zip(bare, micros, strict=True))
+            lines.append(
+                f"| {reader} | {median:,.0f} | {1e6 / median:,.0f} | {statistics.median(ratios):.2f} "
+                f"| {ratios[0]:.2f} to {ratios[-1]:.2f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _processor_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()

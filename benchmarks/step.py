@@ -1,0 +1,306 @@
+"""What a training step costs: CLIP against CLOC, with and without each saving, and other implementations of CLIP.
+
+    python benchmarks/step.py --data ../shared/data --out results/step --python VENV/bin/python     # two CPU cores
+    python benchmarks/step.py --data ../shared/data --out results/step --python VENV/bin/python \
+        --batch-size 256 --rounds 30 --extra-rounds 10                                              # one GPU
+
+A step is forward, losses, backward, clipping and AdamW, ViT-B/16 at 224 px, M regions per image.  Photos, captions and
+boxes are coco740's: a caption is four of its five human captions (48 tokens on average), the region texts are noun
+phrases of the captions, as VESL makes them, on the boxes in order.  All variants of this project and plain transformers
+share one pair of towers; open_clip runs in a process of its own (`open_clip_step.py`).  Variants take turns, and ratios
+are formed within a round, so that what else runs on the machine hits all alike.  Seconds are those of the GPU, or of
+this process on a CPU.  Prints Markdown; figures go to OUT/figures.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from open_clip_step import timed
+from step_setup import Inputs, Step, make_inputs, make_models, make_parts, make_step, make_variants
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from opencloc.model.cloc import ClocModel
+from opencloc.model.texts import PackedTexts
+from opencloc.train.loop import has_native_bf16
+
+Timer = Callable[[], dict[str, float]]  # runs once: busy and wall seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds coco740")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--python", help="python of a venv with open_clip; without it open_clip is left out")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--num-regions", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5, help="of the main variants")
+    parser.add_argument("--extra-rounds", type=int, default=1, help="of the others")
+    parser.add_argument("--flops-batch-size", type=int, default=256, help="operations are counted at this size too")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1, help="on a CPU")
+    parser.add_argument("--only", nargs="*", help="names of variants")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    bf16 = has_native_bf16(device)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    inputs, config = make_inputs(args.data, args.batch_size, args.num_regions, device)
+    models, optimizer = make_models(config, device)
+    losses, main_variants = make_variants(models, inputs)
+    steps = {name: make_step(loss, optimizer, device, bf16) for name, loss in losses.items()}
+    figures: dict[str, Any] = {
+        "command": "python " + " ".join(sys.argv),
+        "hardware": hardware(device, args.threads),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "precision": "bf16" if bf16 else "fp32",
+        "batch_size": args.batch_size,
+        "num_regions": args.num_regions,
+    }
+
+    def found(name: str, value: Any) -> None:  # saved at once: later stages take long
+        figures[name] = value
+        (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+    large, _ = make_inputs(args.data, args.flops_batch_size, args.num_regions, torch.device("cpu"))
+    found("tokens", {str(len(i.pixels)): i.tokens for i in (inputs, large)})
+    found("gflop_per_image", {str(len(i.pixels)): count_flops(models, i) for i in (inputs, large)})
+    parts = timers(make_parts(models["cross"], optimizer, inputs, bf16), device)
+    part_times = take_turns(parts, list(parts), args.rounds, 0)
+    found("part_seconds", part_times)
+    found("parts", parts_ratio(part_times))
+    gflop = figures["gflop_per_image"][str(args.batch_size)]["CLOC cross"] * args.batch_size
+    found("profile", profile_step(steps["CLOC cross"], gflop, bf16, device))
+    with contextlib.ExitStack() as stack:
+        runners = timers(steps, device)
+        if args.python:
+            runners["open_clip"], versions = stack.enter_context(
+                open_clip_worker(args.python, inputs, args.threads, bf16)
+            )
+            figures["versions"] |= versions
+            main_variants = [*main_variants, "open_clip"]
+        if args.only:
+            runners = {name: runner for name, runner in runners.items() if name in args.only}
+        times = take_turns(runners, main_variants, args.rounds, args.extra_rounds)
+    found("seconds", times)
+    found("ratios", ratios(times))
+    report(figures)
+
+
+def timers(steps: dict[str, Step], device: torch.device) -> dict[str, Timer]:
+    """The steps, timed."""
+    return {name: lambda step=step: timed(step, device) for name, step in steps.items()}
+
+
+# -- measuring -----------------------------------------------------------------------------------------------------
+
+
+def count_flops(models: dict[str, ClocModel], inputs: Inputs) -> dict[str, float]:
+    """GFLOP per image of forward, losses and backward of each variant, on tensors without content.
+
+    Matrix products and attention only; causal attention counts in full.
+    """
+    found = {}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, sdpa_kernel(SDPBackend.MATH):
+        fake = tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, vars(inputs))
+        for texts in (fake["captions"], fake["texts"], fake["all_texts"]):
+            fields = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in vars(texts["packed"]).items()}
+            texts["packed"] = PackedTexts(**fields)
+        with FakeCopyMode(mode):
+            models = copy.deepcopy(models)
+        for name, (forward, _) in make_variants(models, Inputs(**fake))[0].items():
+            with FlopCounterMode(display=False) as counter:
+                forward().backward()
+            found[name] = counter.get_total_flops() / len(inputs.pixels) / 1e9
+    return found
+
+
+@contextlib.contextmanager
+def open_clip_worker(python: str, inputs: Inputs, threads: int, bf16: bool) -> Iterator[tuple[Any, dict[str, str]]]:
+    """(runs one step of open_clip in its own process, versions there)."""
+    with tempfile.TemporaryDirectory() as folder:
+        batch = {
+            "pixels": inputs.pixels.cpu(),
+            "texts": inputs.captions["77"].cpu(),
+            "device": str(inputs.pixels.device),
+        }
+        torch.save(batch, f"{folder}/batch.pt")
+        command = [python, str(Path(__file__).with_name("open_clip_step.py")), f"{folder}/batch.pt", str(threads)]
+        process: Any = subprocess.Popen(
+            [*command, "bf16" if bf16 else "fp32"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        versions = json.loads(process.stdout.readline())
+
+        def step() -> dict[str, float]:
+            process.stdin.write("step\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        try:
+            yield step, {"open_clip": versions["open_clip"], "torch beside open_clip": versions["torch"]}
+        finally:
+            process.stdin.close()
+            process.wait()
+
+
+def take_turns(
+    runners: dict[str, Timer], main_variants: list[str], rounds: int, extra_rounds: int
+) -> dict[str, list[dict[str, float]]]:
+    """Seconds by variant and round; the order turns by one place every round. A first round only warms up."""
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in runners}
+    names = list(runners)
+    for r in range(-1, rounds):
+        for name in names[r % len(names) :] + names[: r % len(names)]:
+            if name in main_variants or 0 <= r < extra_rounds:
+                seconds = runners[name]()
+                if r >= 0:
+                    times[name].append(seconds)
+                print(
+                    f"{r:3d} {name:60s} {seconds['busy_s']:8.3f} s, wall {seconds['wall_s']:8.3f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+    return times
+
+
+def ratios(times: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Of each variant to the CLIP step, and to open_clip's: median, least and largest over the rounds."""
+    found = {}
+    for base in ("CLIP", "open_clip", "CLIP, captions of 77 tokens"):
+        for name, rows in times.items():
+            if base in times and name != base and rows:
+                values = [row["busy_s"] / other["busy_s"] for row, other in zip(rows, times[base], strict=False)]
+                found[f"{name} / {base}"] = {
+                    "median": statistics.median(values),
+                    "least": min(values),
+                    "largest": max(values),
+                    "rounds": len(values),
+                }
+    return found
+
+
+def matmul_peak(device: torch.device, bf16: bool) -> float:
+    """FLOP/s of a large square matrix product, the best of several."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32) for _ in range(2))
+    return max(2 * size**3 / timed(lambda: torch.mm(a, b), device)["busy_s"] for _ in range(8))
+
+
+def profile_step(step: Step, gflop: float, bf16: bool, device: torch.device) -> dict[str, Any]:
+    """Where the time of a CLOC step goes, and how near it is to the peak of a matrix product."""
+    peaks, seconds = [], []
+    for _ in range(3):
+        peaks.append(matmul_peak(device, bf16))
+        seconds.append(timed(step, device)["busy_s"])
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with profile(activities=activities) as prof:
+        step()
+    own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    kinds: dict[str, float] = {}
+    for event in prof.key_averages():
+        kinds[kind_of(event.key)] = kinds.get(kind_of(event.key), 0.0) + getattr(event, own)
+    total = sum(kinds.values())
+    return {
+        "gflop": gflop,
+        "matmul_peak_gflops": max(peaks) / 1e9,
+        "share_of_peak": 1e9 * gflop / statistics.median(seconds) / max(peaks),
+        "operator_shares": {k: v / total for k, v in sorted(kinds.items(), key=lambda item: -item[1])},
+    }
+
+
+def kind_of(operator: str) -> str:
+    """Coarse kind of a profiled operator or GPU kernel."""
+    name = operator.lower()
+    kinds = {
+        "attention": ("scaled_dot_product", "flash", "fmha", "attention"),
+        "matrix products": ("mm", "gemm", "linear", "convolution", "matmul", "cutlass", "nvjet"),
+        "norms": ("layer_norm", "layernorm"),
+        "GELU": ("gelu",),
+        "clip and AdamW": ("adam", "foreach", "linalg_vector_norm", "multi_tensor"),
+        "softmax": ("softmax", "logsumexp"),
+        "copies and fills": ("copy", "fill", "zero", "cat", "clone", "empty", "memcpy", "memset"),
+    }
+    return next((kind for kind, words in kinds.items() if any(word in name for word in words)), "other elementwise")
+
+
+def parts_ratio(times: dict[str, list[dict[str, float]]]) -> dict[str, float]:
+    """CLOC step / CLIP step from the medians of their parts: what CLOC adds is small, and so is then its error."""
+    median = {name: statistics.median(row["busy_s"] for row in rows) for name, rows in times.items()}
+    clip = sum(value for name, value in median.items() if name.startswith("CLIP"))
+    added = sum(value for name, value in median.items() if name.startswith("CLOC")) - median["CLIP: loss"]
+    return {"clip_s": clip, "added_s": added, "ratio": 1 + added / clip}
+
+
+def hardware(device: torch.device, threads: int) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()}), {threads} thread(s)"
+
+
+def report(figures: dict[str, Any]) -> None:
+    """The figures as Markdown."""
+    print(f"{figures['hardware']}, {figures['precision']}, batch {figures['batch_size']}, M = {figures['num_regions']}")
+    rows = []
+    for name, times in figures["seconds"].items():
+        busy, wall = (statistics.median(row[key] for row in times) for key in ("busy_s", "wall_s"))
+        to_clip, to_open = (figures["ratios"].get(f"{name} / {base}") for base in ("CLIP", "open_clip"))
+        spread = f"{to_clip['least']:.3f} to {to_clip['largest']:.3f}" if to_clip else ""
+        ratio = [f"{found['median']:.3f}" if found else "" for found in (to_clip, to_open)]
+        rows.append([name, f"{busy:.2f}", f"{wall:.2f}", ratio[0], spread, ratio[1]])
+    print_table(["step", "median s", "wall s", "/ CLIP", "least to largest", "/ open_clip"], rows)
+    counts = figures["gflop_per_image"].items()
+    print_table(
+        ["GFLOP per image", *(cell for size, _ in counts for cell in (f"batch {size}", "/ CLIP"))],
+        [
+            [name, *(cell for _, c in counts for cell in (f"{c[name]:.1f}", f"{c[name] / c['CLIP']:.3f}"))]
+            for name in next(iter(figures["gflop_per_image"].values()))
+        ],
+    )
+    tokens = figures["tokens"]
+    print_table(
+        ["texts of the batch, tokens", *tokens],
+        [[name, *(str(by_name[name]) for by_name in tokens.values())] for name in next(iter(tokens.values()))],
+    )
+    medians = {n: statistics.median(t["busy_s"] for t in times) for n, times in figures["part_seconds"].items()}
+    clip = figures["parts"]["clip_s"]
+    rows = [[name, f"{seconds:.3f}", f"{100 * seconds / clip:.1f} %"] for name, seconds in medians.items()]
+    print_table(["part", "median s", "of the CLIP step"], rows)
+    print(f"\nCLOC / CLIP by parts: {figures['parts']['ratio']:.3f}")
+    found = figures["profile"]
+    print(f"{found['gflop']:.0f} GFLOP at {100 * found['share_of_peak']:.0f} % of the matmul peak", end=" ")
+    print(f"({found['matmul_peak_gflops']:.1f} GFLOP/s)")
+    print_table(
+        ["operators of a CLOC step", "share"], [[n, f"{100 * x:.1f} %"] for n, x in found["operator_shares"].items()]
+    )
+
+
+def print_table(head: list[str], rows: list[list[str]]) -> None:
+    """A Markdown table."""
+    print("\n| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
+if __name__ == "__main__":
+    main()

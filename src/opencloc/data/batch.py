@@ -1,0 +1,168 @@
+"""Batches for training: what they hold, and how they are put together from samples made ready.
+
+Owns collation, which goes in two steps: `collate` (in a worker) makes a part of some rows, images still as bytes;
+`join` (in the training process) makes parts into the batch on its device and normalises the images there.  Which
+samples, and how they are made ready, is `loader.py`'s.
+
+Symbols: B images, M regions per image, U distinct region texts, T tokens of a caption, W of a region text, S side of
+the square.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from opencloc.model.processor import ClocProcessor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One sample made ready: everything but tokenisation."""
+
+    square: np.ndarray  # (S, S, 3) uint8
+    caption: str
+    boxes: np.ndarray  # (M, 4) in the square
+    texts: list[str]  # at most M
+    skipped: list[str]  # reasons of the samples that had to be replaced by this one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some rows of a batch; fields as in `Batch`, but for the images."""
+
+    squares: UInt8[Tensor, "B S S 3"]
+    caption_ids: Int[Tensor, "B T"]
+    boxes: Float[Tensor, "B M 4"]
+    valid: Bool[Tensor, "B M"]
+    text_ids: Int[Tensor, "U W"]
+    text_index: Int[Tensor, "B M"]
+    text_hash: Int[Tensor, "B M"]
+    skipped: Counter[str]
+
+    def pin_memory(self) -> Part:
+        """The part in page-locked memory (the loader calls this by name)."""
+        return Part(**{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One training batch.  Boxes are in the frame of the letterboxed square."""
+
+    pixels: Float[Tensor, "B 3 S S"]
+    caption_ids: Int[Tensor, "B T"]
+    boxes: Float[Tensor, "B M 4"]
+    valid: Bool[Tensor, "B M"]  # False where the image has fewer than M regions
+    text_ids: Int[Tensor, "U W"]  # distinct region texts
+    text_index: Int[Tensor, "B M"]  # row of text_ids; 0 where not valid
+    text_hash: Int[Tensor, "B M"]  # identity of the text across batches and processes
+    skipped: Counter[str] = field(default_factory=Counter)  # samples that could not be used, by reason
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on `device`."""
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return Batch(**moved, skipped=self.skipped)
+
+    def split(self, size: int) -> list[Batch]:
+        """Micro-batches of `size` images; distinct texts are kept per micro-batch."""
+        pieces = []
+        for start in range(0, len(self.pixels), size):
+            rows = slice(start, start + size)
+            used, index = torch.unique(self.text_index[rows], return_inverse=True)
+            pieces.append(
+                Batch(
+                    pixels=self.pixels[rows],
+                    caption_ids=self.caption_ids[rows],
+                    boxes=self.boxes[rows],
+                    valid=self.valid[rows],
+                    text_ids=self.text_ids[used],
+                    text_index=index,
+                    text_hash=self.text_hash[rows],
+                )
+            )
+        return pieces
+
+
+def text_identity(text: str) -> int:
+    """A 64-bit hash of a region text, the same in every process; case and outer blanks do not count."""
+    digest = hashlib.blake2b(text.strip().lower().encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+def collate(examples: Sequence[Example], processor: ClocProcessor) -> Part:
+    """Examples as rows of a batch; every distinct region text becomes one row of `text_ids`."""
+    num_regions = len(examples[0].boxes)
+    rows: dict[str, int] = {}
+    index = torch.zeros(len(examples), num_regions, dtype=torch.long)
+    hashes = torch.zeros(len(examples), num_regions, dtype=torch.long)
+    valid = torch.zeros(len(examples), num_regions, dtype=torch.bool)
+    for b, example in enumerate(examples):
+        for m, text in enumerate(example.texts):
+            index[b, m] = rows.setdefault(text.strip().lower(), len(rows))
+            hashes[b, m] = text_identity(text)
+            valid[b, m] = True
+    return Part(
+        squares=torch.from_numpy(np.stack([example.square for example in examples])),
+        caption_ids=processor.tokenize([example.caption for example in examples]),
+        boxes=torch.from_numpy(np.stack([example.boxes for example in examples])),
+        valid=valid,
+        text_ids=processor.tokenize(list(rows) or ["none"]),  # a row must exist for text_index 0 to point at
+        text_index=index,
+        text_hash=hashes,
+        skipped=Counter(reason for example in examples for reason in example.skipped),
+    )
+
+
+def join(parts: Sequence[Part], processor: ClocProcessor, device: torch.device) -> Batch:
+    """The parts as one batch on `device`, the same as if their examples had been collated at once."""
+    pad_id = processor.tokenizer.pad_token_id
+    text_ids, text_index = _merge_texts(parts, pad_id)
+    squares = torch.cat([part.squares.to(device, non_blocking=True) for part in parts])
+    whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("boxes", "valid", "text_hash")}
+    return Batch(
+        pixels=normalize(squares, processor.image_mean, processor.image_std),
+        caption_ids=_stack([part.caption_ids for part in parts], pad_id).to(device),
+        text_ids=text_ids.to(device),
+        text_index=text_index.to(device),
+        **{name: value.to(device) for name, value in whole.items()},
+        skipped=sum((part.skipped for part in parts), Counter()),
+    )
+
+
+def _merge_texts(parts: Sequence[Part], pad_id: int) -> tuple[Int[Tensor, "U W"], Int[Tensor, "B M"]]:
+    """`text_ids` and `text_index` over all parts; a text that several have becomes one row, in order of appearance."""
+    valid = torch.cat([part.valid for part in parts])
+    with_texts = [part for part in parts if part.valid.any()]
+    if len(parts) == 1 or not with_texts:
+        return parts[0].text_ids, torch.cat([part.text_index for part in parts])
+    starts = np.cumsum([0, *(len(part.text_ids) for part in with_texts[:-1])]).tolist()
+    rows = torch.cat([part.text_index[part.valid] + start for part, start in zip(with_texts, starts, strict=True)])
+    hashes = torch.cat([part.text_hash[part.valid] for part in with_texts])
+    _, first, which = np.unique(hashes.numpy(), return_index=True, return_inverse=True)
+    order = np.argsort(first)  # of the distinct texts, by first appearance
+    index = torch.zeros(valid.shape, dtype=torch.long)
+    index[valid] = torch.from_numpy(np.argsort(order)[which])
+    return _stack([part.text_ids for part in with_texts], pad_id)[rows[torch.from_numpy(first[order])]], index
+
+
+def _stack(blocks: Sequence[Int[Tensor, "_ _"]], pad_id: int) -> Int[Tensor, "_ _"]:
+    """Rows of token ids one below the other, padded to the widest."""
+    width = max(block.shape[1] for block in blocks)
+    return torch.cat([torch.nn.functional.pad(block, (0, width - block.shape[1]), value=pad_id) for block in blocks])
+
+
+def normalize(
+    squares: UInt8[Tensor, "B S S 3"], mean: Sequence[float], std: Sequence[float]
+) -> Float[Tensor, "B 3 S S"]:
+    """Pixels (value / 255 - mean) / std, contiguous; the transposition goes over bytes, the arithmetic is in place."""
+    scale = 1 / (255 * torch.tensor(std, device=squares.device))
+    offset = 255 * torch.tensor(mean, device=squares.device)
+    pixels = squares.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return pixels.sub_(offset[:, None, None]).mul_(scale[:, None, None])

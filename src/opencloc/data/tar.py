@@ -1,0 +1,158 @@
+"""One tar of samples, as bytes: which members make a sample, streaming them, indexing where they lie.
+
+Owns the tar format: `KEY.jpg|jpeg|png|webp` + `KEY.json` and/or `KEY.txt`, as img2dataset writes them.  What stands in
+the members is `record.py`'s; many tars by number are `shards.py`'s.
+
+As in the `webdataset` library a key is the member's folder and name up to the first dot, consecutive members of one key
+make a sample, and members that begin with a dot or have none are ignored.  Only plain (uncompressed) tars are read.
+
+A tar without its end marker is truncated: its last sample may lack members, so it is dropped and reported.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from opencloc.data import files
+from opencloc.data.record import IMAGE_EXTENSIONS, decode_image, parse_record
+from opencloc.data.sample import BadSample, Sample
+
+KEY = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$")  # webdataset's base_plus_ext
+# What tarfile raises for damaged headers, whose sizes can be negative or larger than any memory.
+_TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, MemoryError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Member:
+    key: str
+    extension: str  # lower case
+    offset: int  # of the data, in bytes
+    size: int
+
+
+def _members(stream: io.BufferedIOBase, url: str) -> Iterator[_Member]:
+    """The members of a tar that belong to samples, from its headers alone.
+
+    A member comes out before it is known whether the tar goes on to its end; the next one, or the end of the iteration,
+    says so.  Raises `BadSample` ("not a tar", "truncated tar").
+    """
+    length = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    try:
+        tar = tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="replace")  # noqa: SIM115
+    except _TAR_ERRORS as error:
+        raise BadSample("not a tar", url, str(error)) from error
+    try:
+        for info in tar:
+            match = KEY.match(info.name)
+            room = length - info.offset_data
+            if match and info.isreg() and not info.issparse():
+                size = max(0, min(info.size, room))
+                yield _Member(key=match[1], extension=match[2].lower(), offset=info.offset_data, size=size)
+            if not 0 <= info.size <= room:
+                raise tarfile.ReadError(f"{info.name} claims {info.size} bytes, {room} are there")
+    except _TAR_ERRORS as error:
+        raise BadSample("truncated tar", url, str(error)) from error
+    stream.seek(tar.offset)
+    if stream.read(512) != bytes(512):
+        raise BadSample("truncated tar", url, f"no end marker at byte {tar.offset}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Consecutive members of one key by extension (the first of each), and their bytes where they were asked for."""
+
+    key: str
+    members: dict[str, _Member]
+    data: dict[str, bytes]
+
+    @property
+    def image_extension(self) -> str | None:
+        return next((extension for extension in self.members if extension in IMAGE_EXTENSIONS), None)
+
+
+def _groups(stream: io.BufferedIOBase, url: str, *, load: bool) -> Iterator[_Group | BadSample]:
+    """The samples of a tar in order, reading strictly forward; a `BadSample` for what is no sample."""
+    seen: set[str] = set()
+    try:
+        for key, members in itertools.groupby(_members(stream, url), key=lambda member: member.key):
+            group = _Group(key=key, members={}, data={})
+            for member in members:  # raises where the tar breaks off, so a last group is dropped
+                if member.extension in group.members:
+                    continue
+                group.members[member.extension] = member
+                if load and member.extension in (*IMAGE_EXTENSIONS, "json", "txt"):
+                    stream.seek(member.offset)
+                    group.data[member.extension] = stream.read(member.size)
+            if key in seen:
+                yield BadSample("duplicate key", url, f"{key} came earlier in this tar")
+            else:
+                seen.add(key)
+                yield group
+    except BadSample as broken:
+        yield broken
+
+
+def iter_shard(url: str, max_px: int | None = None) -> Iterator[Sample | BadSample]:
+    """The samples of one tar in order, each read once, strictly forward; nothing is raised for what is broken.
+
+    A sample that cannot be used comes as a `BadSample` whose `where` is its key.  One whose `where` is `url` belongs to
+    no key: "duplicate key" (the first holder of the key came as a sample), "truncated tar" and "not a tar" (always the
+    last).  `max_px` as in `decode_image`.  Raises `FileNotFoundError` and other `OSError` of the file itself.
+    """
+    with files.open_seekable(url) as stream:
+        for group in _groups(stream, url, load=True):
+            if isinstance(group, BadSample):
+                yield group
+            elif (extension := group.image_extension) is None:
+                yield _no_image(group)
+            else:
+                try:
+                    record = parse_record(group.key, group.data.get("json"), group.data.get("txt"))
+                    image = decode_image(group.data[extension], group.key, max_px)
+                    yield record.sample(group.key, image, group.key)
+                except BadSample as bad:
+                    yield bad
+
+
+def _no_image(group: _Group) -> BadSample:
+    return BadSample("no image", group.key, f"members: {', '.join(sorted(group.members))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardIndex:
+    """Where the samples of one tar lie in it.  S samples, all of them with an image."""
+
+    url: str
+    keys: tuple[str, ...]
+    spans: np.ndarray  # (S, 3, 2) int64: (offset, size) in bytes of image, json, txt; size -1 where there is none
+    problems: Counter[str]  # what is no sample, by reason
+
+
+def index_shard(url: str) -> ShardIndex:
+    """The index of a tar, from one pass over its headers; what is broken is counted in `problems`.
+
+    Raises `FileNotFoundError` and other `OSError` of the file itself.
+    """
+    keys, spans, problems = [], [], Counter[str]()
+    with files.open_seekable(url) as stream:
+        for group in _groups(stream, url, load=False):
+            if isinstance(group, BadSample):
+                problems[group.reason] += 1
+            elif (extension := group.image_extension) is None:
+                problems[_no_image(group).reason] += 1
+            else:
+                keys.append(group.key)
+                found = (group.members.get(name) for name in (extension, "json", "txt"))
+                spans.append([(member.offset, member.size) if member else (0, -1) for member in found])
+    return ShardIndex(
+        url=url, keys=tuple(keys), spans=np.asarray(spans, dtype=np.int64).reshape(-1, 3, 2), problems=problems
+    )

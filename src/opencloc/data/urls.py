@@ -1,0 +1,58 @@
+"""Which tars a pattern means: files, folders, globs and brace ranges, local or at an fsspec URL.  Reads no tar."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from opencloc.data import files
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
+
+
+def expand_urls(pattern: str | Sequence[str], *, must_exist: bool = True) -> list[str]:
+    """The tars that a pattern means, in order.
+
+    A pattern is a file, a folder (its `*.tar`), a glob, or any of these with braces (`{00000..00007}.tar`, `{a,b}`), on
+    this machine or at an fsspec URL; or several of them.  Unless `must_exist`, a name that ends in `.tar` is taken as
+    it is, without a look: of many remote shards each look is a request.
+
+    Raises `FileNotFoundError` naming what is not there, and `ValueError` for a brace range that runs backwards.
+    """
+    if not isinstance(pattern, str):
+        return [url for one in pattern for url in expand_urls(one, must_exist=must_exist)]
+    found: list[str] = []
+    for url in _expand_braces(pattern):
+        if not must_exist and url.endswith(".tar") and not re.search(r"[*?\[]", url):
+            found.append(url)
+        elif files.is_folder(url):
+            tars = [path for path in files.children(url) if path.endswith(".tar")]
+            if not tars:
+                raise FileNotFoundError(f"{url}: no *.tar in this folder")
+            found += tars
+        elif files.exists(url):
+            found.append(url)
+        elif re.search(r"[*?\[]", url):
+            tars = files.glob(url)
+            if not tars:
+                raise FileNotFoundError(f"{url}: no file matches")
+            found += tars
+        else:
+            raise FileNotFoundError(f"{url}: no such shard" + (f" (from {pattern})" if url != pattern else ""))
+    return found
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    if not (match := _BRACES.search(pattern)):
+        return [pattern]
+    if span := _RANGE.match(match[1]):
+        first, last = int(span[1]), int(span[2])
+        if last < first:
+            raise ValueError(f"{pattern}: range {{{match[1]}}} runs backwards")
+        width = len(span[1]) if span[1].startswith("0") else 0
+        choices = [f"{number:0{width}d}" for number in range(first, last + 1)]
+    else:
+        choices = match[1].split(",")
+    tails = _expand_braces(pattern[match.end() :])
+    return [f"{pattern[: match.start()]}{choice}{tail}" for choice in choices for tail in tails]
