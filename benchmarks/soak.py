@@ -163,7 +163,7 @@ def disturb(run: Disturbed, kill_every: tuple[float, float], rng: random.Random)
             run.start(num_workers=rng.choice((0, 1, 2)))
         else:
             run.events.append({"event": "end", "exit": code})
-            assert code == 0, run.log.read_text()[-2000:]
+            assert code == 0, f"exit status {code}\n" + run.log.read_text()[-2000:]
             return
 
 

@@ -247,7 +247,8 @@ def parts_ratio(times: dict[str, list[dict[str, float]]]) -> dict[str, float]:
     """CLOC step / CLIP step from the medians of their parts: what CLOC adds is small, and so is then its error."""
     median = {name: statistics.median(row["busy_s"] for row in rows) for name, rows in times.items()}
     clip = sum(value for name, value in median.items() if name.startswith("CLIP"))
-    added = sum(value for name, value in median.items() if name.startswith("CLOC")) - median["CLIP: loss"]
+    added = sum(value for name, value in median.items() if name.startswith("CLOC"))
+    added -= median["CLIP: captions"] + median["CLIP: loss"]  # which are parts of CLOC's too
     return {"clip_s": clip, "added_s": added, "ratio": 1 + added / clip}
 
 

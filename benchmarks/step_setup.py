@@ -25,7 +25,7 @@ from opencloc.model.cloc import ClocConfig, ClocModel, ClocOutput, ImageFeatures
 from opencloc.model.processor import ClocProcessor, train_tokenizer
 from opencloc.model.prompter import EncoderPrompter, PrompterOutput, masked_mean
 from opencloc.model.prompts import PromptBatch
-from opencloc.model.texts import PackedTexts
+from opencloc.model.texts import PackedTexts, join
 from opencloc.train.build import tower_config
 from opencloc.train.optim import make_optimizer
 from opencloc.vesl.phrases import extract_phrases
@@ -205,7 +205,8 @@ def make_parts(model: ClocModel, optimizer: torch.optim.Optimizer, inputs: Input
     loss_config = LossConfig()
     with torch.no_grad():
         features = model.encode_image(inputs.pixels)
-        embeddings = {id(ids): model.encode_text(ids) for ids in (inputs.captions["packed"], inputs.texts["packed"])}
+        together = join(inputs.captions["packed"], inputs.texts["packed"])
+        embeddings = model.encode_text(together)
 
     def leaf(x: Tensor) -> Tensor:
         return x.detach().requires_grad_()
@@ -216,7 +217,7 @@ def make_parts(model: ClocModel, optimizer: torch.optim.Optimizer, inputs: Input
 
     def regions() -> ClocOutput:
         given = ImageFeatures(embedding=features.embedding, tokens=leaf(features.tokens), grid=features.grid)
-        with patch.multiple(model, encode_image=lambda _: given, encode_text=lambda ids: leaf(embeddings[id(ids)])):
+        with patch.multiple(model, encode_image=lambda _: given, encode_text=lambda _: leaf(embeddings)):
             return model(
                 inputs.pixels, inputs.captions["packed"], inputs.boxes, inputs.texts["packed"], inputs.text_index
             )
@@ -254,9 +255,9 @@ def make_parts(model: ClocModel, optimizer: torch.optim.Optimizer, inputs: Input
         "CLIP: captions": passes(lambda: model.encode_text(inputs.captions["packed"]).sum()),
         "CLIP: loss": passes(lambda: losses(*region_fields)),
         "CLIP: clipping and AdamW": update(clip),
-        "CLOC: region texts": passes(lambda: model.encode_text(inputs.texts["packed"]).sum()),
+        "CLOC: captions and region texts": passes(lambda: model.encode_text(together).sum()),
         "CLOC: Prompter and box head": passes(lambda: sum_fields(regions(), region_fields)),
-        "CLOC: losses (CLIP's included)": passes(losses),
+        "CLOC: all losses": passes(losses),
         "CLOC: clipping and AdamW of the region parts": update(own),
     }
 

@@ -104,12 +104,11 @@ def tiled(batch: Rows, similar_above: float | None, tile: int | None) -> tuple[t
 
 def assert_equal_to_dense(batch: Rows, similar_above: float | None, tile: int | None, tolerance: float = 1e-10) -> None:
     (loss, share), (expected, expected_share) = tiled(batch, similar_above, tile), dense_info_nce(batch, similar_above)
-    close = {"atol": tolerance, "rtol": tolerance}
-    torch.testing.assert_close(loss, expected, **close)
+    torch.testing.assert_close(loss, expected, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(share.double(), expected_share.double(), atol=1e-6, rtol=0)
     got = torch.autograd.grad(3 * loss, batch.leaves())
     for ours, theirs in zip(got, torch.autograd.grad(3 * expected, batch.leaves()), strict=True):
-        torch.testing.assert_close(ours, theirs, **close)
+        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
 
 
 @given(

@@ -239,8 +239,8 @@ class _InfoNce(torch.autograd.Function):
         scale_grad = torch.dot(query_grad.flatten(), query.flatten())
         scale_grad = sum_ranks(scale_grad, ctx.mode.group) / collectives.size(ctx.mode.group)
         query_grad *= logit_scale
-        grads = query_grad, scatter_sum(key_grad, ctx.mode.group), scale_grad
-        return *(g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), None, None, None
+        gradients = query_grad, scatter_sum(key_grad, ctx.mode.group), scale_grad
+        return *(g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)), None, None, None
 
 
 def _scores(

@@ -22,6 +22,7 @@ from transformers import (
 from opencloc.model.cloc import ClocConfig, ClocModel
 from opencloc.model.processor import ClocProcessor
 from opencloc.model.prompts import Box, Mask, Point, Text
+from opencloc.model.texts import pack
 from opencloc.model.towers import patchify, vision_forward
 
 FAMILIES = ("clip", "siglip", "siglip2")
@@ -178,6 +179,16 @@ def test_distinct_texts_encoded_once_equal_the_plain_way(make_model: MakeModel, 
     plain = model(pixels(), ids[:2], BOXES, ids[index.flatten()], torch.arange(4).reshape(2, 2))
     for name in ("region", "region_text", "ground_boxes"):
         torch.testing.assert_close(getattr(once, name), getattr(plain, name))
+
+
+def test_packed_texts_give_the_output_of_padded_ones(make_model: MakeModel) -> None:
+    model = make_model()
+    ids, index = texts(model), torch.tensor([[0, 1], [2, 0]])
+    packed = [pack(rows.tolist(), max_length=16, pad_id=0) for rows in (ids[:2], ids)]
+    plain, together = model(pixels(), ids[:2], BOXES, ids, index), model(pixels(), packed[0], BOXES, packed[1], index)
+    for name, value in vars(plain).items():
+        torch.testing.assert_close(getattr(together, name), value, msg=name)
+    torch.testing.assert_close(model(pixels(), packed[0]).caption, plain.caption)
 
 
 def test_training_forward_equals_encode_and_prompt(make_model: MakeModel) -> None:

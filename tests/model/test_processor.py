@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,18 @@ def test_texts_are_lower_cased_padded_and_cut(tokenizer: PreTrainedTokenizerFast
     assert torch.eq(ids, torch.tensor(end)).sum(1).tolist() == [1, 1, 1, 1]  # cut texts keep their end
     full = ClocProcessor(tokenizer, image_size=32, max_text_length=9, pad_to_max_length=True)
     assert full.tokenize(["dog"]).shape == (1, 9)
+
+
+def test_padding_comes_last_whatever_the_tokenizer_is_set_to(tokenizer: PreTrainedTokenizerFast) -> None:
+    left = copy.deepcopy(tokenizer)
+    left.padding_side = "left"  # the default of transformers' Siglip2Tokenizer
+    texts = ["a red dog", "two trains in the snow"]
+    for full in (False, True):
+        expected, found = (
+            ClocProcessor(t, image_size=32, max_text_length=12, pad_to_max_length=full).tokenize(texts)
+            for t in (tokenizer, left)
+        )
+        assert torch.equal(found, expected)
 
 
 def test_empty_text_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from opencloc.model.cloc import ClocConfig, ClocModel
 from opencloc.model.processor import ClocProcessor
-from opencloc.model.texts import PackedTexts, pack
+from opencloc.model.texts import PackedTexts, join, pack
 
 TEXTS = ["dog", "a photo of a pizza in the snow and a blue cat", "a red dog", "two trains", "cat", "snow", "a dog"]
 
@@ -43,9 +43,16 @@ def test_no_two_rows_would_fit_into_one(lengths: list[int]) -> None:
     assert all(used[0] + more > packed.input_ids.shape[1] for more in used[1:])
 
 
-def test_rows_are_as_long_as_leaves_least_padding() -> None:
-    shapes = [pack([[7] * n] * 60, max_length=77, pad_id=0).input_ids.shape for n in (4, 50, 77)]
-    assert shapes == [(3, 80), (20, 160), (60, 80)]  # 20, 3 and 1 texts to a row
+def test_rows_have_one_length_whatever_the_texts() -> None:
+    shapes = [tuple(pack([[7] * n] * 60, max_length=77, pad_id=0).input_ids.shape) for n in (4, 50, 77)]
+    assert shapes == [(2, 160), (20, 160), (30, 160)]  # 40, 3 and 2 texts to a row
+
+
+def test_joined_texts_are_those_of_both_in_order() -> None:
+    first, second = [[5, 6, 1], [7, 1]], [[8, 1], [9, 9, 9, 1]]
+    both = join(*(pack(texts, max_length=4, pad_id=0) for texts in (first, second)))
+    assert len(both) == 4
+    assert torch.equal(both.padded(), pack(first + second, max_length=4, pad_id=0).padded())
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6))

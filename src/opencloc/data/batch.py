@@ -49,7 +49,8 @@ class Part:
 
     def pin_memory(self) -> Part:
         """The part in page-locked memory (the loader calls this by name)."""
-        return Part(**{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+        pinned = {k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return Part(**pinned, skipped=self.skipped)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -179,6 +179,6 @@ def _read_index(url: str, path: Path) -> ShardIndex | None:
             spans=spans,
             problems=Counter({reason: int(count) for reason, count in pairs}),
         )
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
     return index if len(index.keys) == len(spans) else None

@@ -39,7 +39,7 @@ from opencloc.model.prompts import (
     concatenate,
     patch_centres,
 )
-from opencloc.model.texts import PackedTexts
+from opencloc.model.texts import PackedTexts, join
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's clip on the temperature
 POSITION_STD = 0.02  # transformers' initial spread of CLIP's position embeddings
@@ -285,16 +285,22 @@ class ClocModel(PreTrainedModel):
         Without boxes only the image-text part is computed (the CLIP baseline).
         """
         features = self.encode_image(pixels)
+        if isinstance(caption_ids, PackedTexts) and isinstance(text_ids, PackedTexts) and boxes is not None:
+            embeddings = self.encode_text(join(caption_ids, text_ids))  # all in one pass of the tower
+            caption, texts = embeddings.split([len(caption_ids), len(text_ids)])
+        else:
+            caption = self.encode_text(caption_ids)
+            texts = None if boxes is None or text_ids is None else self.encode_text(text_ids)
         output: dict[str, Tensor] = {
             "image": features.embedding,
-            "caption": self.encode_text(caption_ids),
+            "caption": caption,
             "logit_scale": self.clip.logit_scale.reshape(()).exp().clamp_max(MAX_LOGIT_SCALE),
         }
         if boxes is not None:
-            assert text_ids is not None
+            assert texts is not None
             assert text_index is not None
             num_regions = boxes.shape[1]
-            region_text = self.encode_text(text_ids)[text_index]
+            region_text = texts[text_index]
             prompts = self.prompt_encoder.boxes(boxes)
             if self.box_head is not None:  # box and text prompts share one pass, and with it the keys and values
                 prompts = concatenate([prompts, self.prompt_encoder.texts(region_text)], dim=1)

@@ -124,6 +124,7 @@ class ClocProcessor(ProcessorMixin):
             [text.lower() for text in texts],
             truncation=True,
             max_length=self.max_text_length,
+            padding_side="right",  # as all three families were trained; transformers' Siglip2Tokenizer pads on the left
             return_attention_mask=False,
             **options,
         )["input_ids"]

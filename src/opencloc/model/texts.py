@@ -3,8 +3,8 @@
 A text tower whose attention is causal (CLIP's) can read several texts in one row, each with its own positions and blind
 to its neighbours: every text gets the embedding that it gets alone.  Region texts have 3 to 5 tokens, start and end
 included, captions some 40; padded to CLIP's 77 tokens, or to the longest of the batch, most of the tower's work is
-padding.  Packed there is next to none, and a long text costs its own length only.  Rows have one of a few lengths, so
-that few shapes occur, and the tower runs once however different the texts are.
+padding.  Packed there is next to none, and a long text costs its own length only.  All rows have one length, so shapes
+differ by the number of rows only, and captions and region texts go through the tower together.
 
 This file owns the packing, on the host; `opencloc.model.towers` owns how a tower reads it.
 
@@ -21,7 +21,6 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-MOST_TEXTS = 3  # of full length in a row
 ALIGNMENT = 8  # tokens, of the rows: what attention kernels like
 
 
@@ -70,18 +69,16 @@ class PackedTexts:
 def pack(sequences: Sequence[Sequence[int]], *, max_length: int, pad_id: int) -> PackedTexts:
     """Token sequences, each ending with its end-of-text token, in as few rows as best-fit decreasing finds.
 
-    Rows are one to `MOST_TEXTS` times as long as the longest text may be, `max_length`, whichever leaves least padding:
-    longer ones cost more attention.  Raises ValueError for a sequence that is empty or longer than `max_length`, and if
-    there is none at all.
+    A row holds two texts of `max_length`, the longest that a text may be: three captions of CLIP's usual 50 tokens.
+    Raises ValueError for a sequence that is empty or longer than `max_length`, and if there is none at all.
     """
     lengths = [len(sequence) for sequence in sequences]
     if not lengths:
         raise ValueError("there are no texts to pack")
     if min(lengths) == 0 or max(lengths) > max_length:
         raise ValueError(f"texts must have 1 to {max_length} tokens, got {min(lengths)} to {max(lengths)}")
-    unit = -(-max_length // ALIGNMENT) * ALIGNMENT
-    fits = [(n * unit, *_best_fit(lengths, n * unit)) for n in range(1, MOST_TEXTS + 1)]
-    row_length, num_rows, start = min(fits, key=lambda fit: fit[0] * fit[1])
+    row_length = -(-2 * max_length // ALIGNMENT) * ALIGNMENT
+    num_rows, start = _best_fit(lengths, row_length)
     position = np.concatenate([np.arange(length) for length in lengths])
     place = np.repeat(start, lengths) + position
     input_ids = np.full(num_rows * row_length, pad_id)
@@ -93,6 +90,17 @@ def pack(sequences: Sequence[Sequence[int]], *, max_length: int, pad_id: int) ->
         end=torch.tensor(start) + torch.tensor(lengths) - 1,
         max_length=max_length,
         pad_id=pad_id,
+    )
+
+
+def join(first: PackedTexts, second: PackedTexts) -> PackedTexts:
+    """The texts of both, those of `first` before those of `second`.  For any device: nothing is read back."""
+    return PackedTexts(
+        input_ids=torch.cat([first.input_ids, second.input_ids]),
+        position_ids=torch.cat([first.position_ids, second.position_ids]),
+        end=torch.cat([first.end, second.end + first.input_ids.numel()]),
+        max_length=first.max_length,
+        pad_id=first.pad_id,
     )
 
 

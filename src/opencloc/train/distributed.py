@@ -98,7 +98,8 @@ def spread(model: nn.Module, ranks: Ranks, sharding: Literal["ddp", "fsdp"]) -> 
     for module in model.modules():
         if type(module).__name__ in layers:
             fully_shard(module, mesh=mesh)
-    return fully_shard(model, mesh=mesh, ignored_params=scalars)
+    fully_shard(model, mesh=mesh, ignored_params=scalars)  # in place
+    return model
 
 
 def gradient_sync(model: nn.Module, *, wanted: bool) -> AbstractContextManager[None]:

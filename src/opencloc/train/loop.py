@@ -173,8 +173,8 @@ def backward(
     micro-batches first, without a graph; the loss of the whole batch and its gradients with respect to them; then each
     micro-batch again, with a graph, fed with its share of those gradients.  A batch in one piece keeps its graph.
     """
-    one = micro_batch_size is None or micro_batch_size >= len(batch.pixels)
-    pieces = [batch] if one else batch.split(micro_batch_size)
+    size = min(micro_batch_size or len(batch.pixels), len(batch.pixels))
+    pieces = [batch] if (one := size == len(batch.pixels)) else batch.split(size)
     with torch.set_grad_enabled(one):
         outputs = [fields(forward(model, piece, config, bf16)) for piece in pieces]
     cached = {
