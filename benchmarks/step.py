@@ -124,7 +124,8 @@ def count_flops(models: dict[str, ClocModel], inputs: Inputs) -> dict[str, float
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, sdpa_kernel(SDPBackend.MATH):
         fake = tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, vars(inputs))
         for texts in (fake["captions"], fake["texts"], fake["all_texts"]):
-            fields = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in vars(texts["packed"]).items()}
+            fields: dict[str, Any] = dict(vars(texts["packed"]))
+            fields |= {k: mode.from_tensor(v) for k, v in fields.items() if isinstance(v, Tensor)}
             texts["packed"] = PackedTexts(**fields)
         with FakeCopyMode(mode):
             models = copy.deepcopy(models)

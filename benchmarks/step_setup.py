@@ -84,7 +84,7 @@ def make_inputs(data: Path, batch_size: int, num_regions: int, device: torch.dev
         longest = processor.tokenize(strings)
         packed = processor.pack(strings)
         assert isinstance(packed, PackedTexts)
-        full = F.pad(longest, (0, 77 - longest.shape[1]), value=tokenizer.pad_token_id)
+        full = F.pad(longest, (0, 77 - longest.shape[1]), value=packed.pad_id)
         tokens |= {
             f"{name}, 77 each": full.numel(),
             f"{name}, as long as the longest": longest.numel(),

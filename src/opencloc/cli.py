@@ -7,6 +7,7 @@ need when they run, so that help comes at once.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, make_dataclass
@@ -84,7 +85,9 @@ def _train(arguments: list[str]) -> int | None:
         raise ValueError(f"{first!r} is neither a preset ({', '.join(PRESETS)}) nor a .json configuration")
     config = _parse(TrainConfig, rest, f"train {first}", default=default)
     try:
-        print(train(config))
+        model = train(config)
+        if os.environ.get("RANK", "0") == "0":  # under torchrun one of them says it
+            print(model)
     except Interrupted as stop:
         print(f"opencloc train: {stop}", file=sys.stderr)
         return 130

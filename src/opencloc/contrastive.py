@@ -227,7 +227,7 @@ class _InfoNce(torch.autograd.Function):
         row_shift, column_shift = row_sums - weight[mine].log(), column_sums - weight.log()
         query_grad, key_grad = torch.zeros_like(query), torch.zeros_like(key)
         for rows, columns in scores.tiles():
-            tile, _ = scores.compute(rows, columns)
+            tile = scores.compute(rows, columns)[0]
             tile_grad = (tile - row_shift[rows, None]).exp_()
             tile_grad += tile.sub_(column_shift[None, columns]).exp_()
             own, diagonal = scores.own(tile_grad, rows, columns)

@@ -98,6 +98,7 @@ def test_prompter_equals_its_definition_prompt_by_prompt(form: str, shared_posit
     (slow * weight).sum().backward()
     torch.testing.assert_close(fast, slow, atol=1e-4, rtol=1e-4)
     for name, parameter in prompter.named_parameters():
+        assert parameter.grad is not None
         largest = float(parameter.grad.abs().max())
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-4 * (1 + largest), rtol=1e-3, msg=name)
 
