@@ -3,7 +3,7 @@
 # human boxes with their class names in one run and VESL's boxes with phrases of the captions in the other (same photos,
 # steps and seed, one core each, at the same time), then scores both on the human boxes of coco740 test and on mosaics.
 # After recipes/vesl.sh.  Run again to resume.  Extra arguments go to both trainings.
-#   OPENCLOC_DATA  folder with caltech101/ and coco740/   OUT  folder of the runs   LABELS  folder of VESL's labels
+#   OPENCLOC_DATA  folder with caltech101/ and coco740/   OUT  folder of the runs   LABELS  VESL's labels   STEPS  of each run
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/facts.sh
@@ -14,7 +14,7 @@ opencloc=.venv/bin/opencloc
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 pretrain() { # NAME COCO740 [option ...]
-    $opencloc train small --steps 600 --out "$out/$1" --data.weights 0.5 0.5 \
+    $opencloc train small --steps "${STEPS:-600}" --out "$out/$1" --data.weights 0.5 0.5 \
         --data.train "mosaic:$data/caltech101?grid=2-3&split=train&augment=true" "$2" "${@:3}"
 }
 score() {
