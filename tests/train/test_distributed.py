@@ -21,7 +21,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import PreTrainedTokenizerFast
 
 from opencloc.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, to_json
@@ -250,51 +249,32 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(base: TrainConfig, t
     on_two_ranks(body, tmp_path)
 
 
-def killed_once(config: TrainConfig) -> None:
-    """A worker of an elastic run: the second rank dies by kill -9 after the first checkpoint, once."""
-    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-
-        def die() -> None:
-            while not list_checkpoints(Path(config.out) / "checkpoints"):
-                time.sleep(0.002)
-            Path(config.out, "killed").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        threading.Thread(target=die, daemon=True).start()
-    train(config)
-
-
 def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_happened(
     base: TrainConfig, tmp_path: Path
 ) -> None:
-    """torchrun's own agent, --nproc-per-node 2 --max-restarts 3."""
     config = replace(base, steps=20, checkpoint_every=2)
     whole, killed = (replace(config, out=str(tmp_path / name)) for name in ("whole", "killed"))
     on_two_ranks(lambda _: train(whole) and None, tmp_path)
-    launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=2,
-        run_id="test",
-        max_restarts=3,
-        monitor_interval=0.1,
-        start_method="fork",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-    )
-    elastic_launch(launch, killed_once)(killed)
+    (tmp_path / "config.json").write_text(to_json(killed))
+    worker = [str(Path(__file__).with_name("killed_once.py")), str(tmp_path / "config.json")]
+    torchrun("--max-restarts", "3", "--monitor-interval", "0.1", *worker)
     assert (tmp_path / "killed" / "killed").exists()
     weights, expected = (load_file(Path(c.out) / "model" / "model.safetensors") for c in (killed, whole))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-def test_torchrun_runs_the_command_line(base: TrainConfig, single: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(to_json(replace(base, out=str(tmp_path / "run"))))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["opencloc", "train", str(tmp_path / "config.json"), "--sharding", "fsdp"]
+def torchrun(*arguments: str) -> str:
+    """What two ranks started by torchrun write to stderr; a failure is one of the test."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
     done = subprocess.run(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_torchrun_runs_the_command_line(base: TrainConfig, single: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(to_json(replace(base, out=str(tmp_path / "run"))))
+    said = torchrun("-m", "opencloc", "train", str(tmp_path / "config.json"), "--sharding", "fsdp")
     assert_same_run(tmp_path / "run", single)
-    assert done.stderr.count("step 6/6") == 1  # one rank alone reports
+    assert said.count("step 6/6") == 1  # one rank alone reports
