@@ -251,7 +251,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(base: TrainConfig, t
 
 @pytest.mark.skipif(
     "OPENCLOC_ELASTIC" not in os.environ,
-    reason="set OPENCLOC_ELASTIC=1 to run it: after a restart Gloo sometimes waits for its connections until its timeout",
+    reason="set OPENCLOC_ELASTIC=1 to run it: after a restart Gloo sometimes waits for its connections in vain",
 )
 def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_happened(
     base: TrainConfig, tmp_path: Path
