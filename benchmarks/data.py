@@ -10,8 +10,9 @@ caption out of the tar, shuffled, JPEG decoded, letterboxed to 224 pixels.  One 
 which other programs on the machine don't prolong much; all take turns, round by round, and the medians are compared.
 Bare decoding has the bytes in memory: decode at the scale needed, resize, nothing else.
 
-Two sets of tars are made from the photos of coco740 (one caption each, as `KEY.jpg`, `KEY.txt`, `KEY.json`): the photos
-as they are (short side 256), and enlarged three times (short side 768), as photos lie on the web.
+Two sets of tars are made from the photos of coco740, as img2dataset makes them (`KEY.jpg`, `KEY.json`, `KEY.txt` with a
+caption): the photos as they are (short side 256), and enlarged three times (short side 768), as photos lie on the web.
+Regions, which the libraries know nothing of, are in none of them but in those of the reader `opencloc, with regions`.
 
 Prints Markdown and writes it to OUT/README.md, with the figures in OUT/figures.json.
 """
@@ -31,6 +32,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +89,14 @@ def main() -> None:
 
 
 def write_tars(location: str, folder: str, enlarge: int, limit: int) -> list[bytes]:
-    """Writes the photos into four tars and returns their bytes."""
+    """Writes the photos into four tars without regions and four with them, and returns their bytes."""
     sources = [Coco(location, CocoConfig(split=split)) for split in ("train", "test")]
     found = [(source, index) for source in sources for index in range(source.size)][:limit]
     photos = []
-    with ShardWriter(folder, samples_per_shard=-(-len(found) // 4)) as writer:
+    with (
+        ShardWriter(f"{folder}/plain", samples_per_shard=-(-len(found) // 4)) as plain,
+        ShardWriter(f"{folder}/regions", samples_per_shard=-(-len(found) // 4)) as regions,
+    ):
         for source, index in found:
             sample, data = source[index], source.image_bytes(index)
             if enlarge > 1:
@@ -100,8 +105,9 @@ def write_tars(location: str, folder: str, enlarge: int, limit: int) -> list[byt
                 sample.image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
                 data = buffer.getvalue()
             photos.append(data)
-            writer.write(sample, data)
-    for tar in writer.paths:
+            plain.write(replace(sample, boxes=sample.boxes[:0], texts=()), data)
+            regions.write(sample, data)
+    for tar in [*plain.paths, *regions.paths]:
         add_captions(tar)
     return photos
 
@@ -126,11 +132,12 @@ def add_captions(tar: str) -> None:
 def measure(folder: str, photos: list[bytes], python: str | None, rounds: int) -> dict[str, Any]:
     """Microseconds of CPU per image of every reader, all rounds."""
     readers: dict[str, Round] = {"bare decode and resize": lambda _: bare(photos)}
-    source = Shards(folder, ShardsConfig(image_px=SIDE))
-    assert source.size == len(photos)
+    source, with_regions = (Shards(f"{folder}/{kind}", ShardsConfig(image_px=SIDE)) for kind in ("plain", "regions"))
+    assert source.size == with_regions.size == len(photos)
     readers["opencloc"] = lambda number: stream(source, number)
+    readers["opencloc, with regions"] = lambda number: stream(with_regions, number)
     processor = ClocProcessor(train_tokenizer(["a photo of a dog"], 300, 32), image_size=SIDE, max_text_length=32)
-    readers["opencloc, batches of tensors"] = lambda number: batches(source, processor, number)
+    readers["opencloc, batches of tensors"] = lambda number: batches(with_regions, processor, number)
     children = []
     if python is not None:
         for library in ("webdataset", "datasets"):

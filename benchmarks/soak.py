@@ -245,8 +245,18 @@ def steps_per_second(run: TrainConfig) -> float:
 
 
 def digest(checkpoint: Path) -> dict[str, str]:
-    """SHA-256 of every file of a checkpoint."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(checkpoint.iterdir())}
+    """SHA-256 of every file of a checkpoint; of the tokenizer's, of what makes its tokens.
+
+    Transformers also keeps in them how the tokenizer was loaded and what it was last asked for.
+    """
+    contents = {path.name: path.read_bytes() for path in sorted(checkpoint.iterdir())}
+    del contents["tokenizer_config.json"]
+    tokenizer = json.loads(contents["tokenizer.json"])
+    what = {
+        name: tokenizer[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model")
+    }
+    contents["tokenizer.json"] = json.dumps(what).encode()
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
 def markdown(figures: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ the program and are named `*_px`.  Three frames exist:
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -132,7 +133,12 @@ def _whole_pixels(low: float, high: float, size_px: int) -> tuple[int, int]:
 
 
 def letterbox_image(image: Image.Image, size_px: int) -> Image.Image:
-    """The image resized (bicubic, antialiased) into a `size_px` square, padded with CLIP's mean colour.
+    """`letterbox_array` as an image."""
+    return Image.fromarray(letterbox_array(image, size_px))
+
+
+def letterbox_array(image: Image.Image, size_px: int) -> np.ndarray:
+    """The image resized (bicubic, antialiased) into a square (size_px, size_px, 3) of uint8, padded with CLIP's mean.
 
     The image is placed with sub-pixel accuracy at the very place `Letterbox.to_square` says: the resampled content
     covers the exact (unrounded) rectangle, bars cover the rest.
@@ -140,7 +146,7 @@ def letterbox_image(image: Image.Image, size_px: int) -> Image.Image:
     image = image if image.mode == "RGB" else image.convert("RGB")  # which copies even what is RGB
     width, height = image.size
     if width == height:
-        return image.resize((size_px, size_px), Image.Resampling.BICUBIC)
+        return np.asarray(image.resize((size_px, size_px), Image.Resampling.BICUBIC))
     scale = size_px / max(width, height)
     inner = max(1, round(width * scale)), max(1, round(height * scale))
     left, top = (size_px - inner[0]) // 2, (size_px - inner[1]) // 2
@@ -153,6 +159,13 @@ def letterbox_image(image: Image.Image, size_px: int) -> Image.Image:
         min(float(width), (left + inner[0] - offset_x) / scale),
         min(float(height), (top + inner[1] - offset_y) / scale),
     )
-    square = Image.new("RGB", (size_px, size_px), tuple(round(255 * c) for c in MEAN_RGB))
-    square.paste(image.resize(inner, Image.Resampling.BICUBIC, box=source), (left, top))
+    square = _bars(size_px).copy()
+    resized = image.resize(inner, Image.Resampling.BICUBIC, box=source)
+    square[top : top + inner[1], left : left + inner[0]] = np.asarray(resized)
     return square
+
+
+@functools.lru_cache(maxsize=4)
+def _bars(size_px: int) -> np.ndarray:
+    """A square of CLIP's mean colour, (size_px, size_px, 3)."""
+    return np.full((size_px, size_px, 3), [round(255 * c) for c in MEAN_RGB], dtype=np.uint8)

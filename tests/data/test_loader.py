@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from collections import Counter
 from collections.abc import Sequence
@@ -302,7 +303,7 @@ def test_regions_are_sampled_without_repetition_and_padded(processor: ClocProces
 
 
 def test_captions_fall_back_to_alt_text_then_region_texts() -> None:
-    rng, image = np.random.default_rng(0), Image.new("RGB", (4, 4))
+    rng, image = random.Random(0), Image.new("RGB", (4, 4))
     box = np.array([[0, 0, 1, 1], [0, 0, 1, 0.5]], dtype=np.float32)
     assert choose_caption(Sample(key="a", image=image, captions=(" ",), alt_text="alt"), rng) == "alt"
     regions = Sample(key="a", image=image, boxes=box, texts=("dog", "dog"))

@@ -101,9 +101,8 @@ def collate(examples: Sequence[Example], processor: ClocProcessor) -> Part:
     """Examples as rows of a batch; every distinct region text becomes one row of `text_ids`."""
     num_regions = len(examples[0].boxes)
     rows: dict[str, int] = {}
-    index = torch.zeros(len(examples), num_regions, dtype=torch.long)
-    hashes = torch.zeros(len(examples), num_regions, dtype=torch.long)
-    valid = torch.zeros(len(examples), num_regions, dtype=torch.bool)
+    index, hashes = np.zeros((2, len(examples), num_regions), dtype=np.int64)
+    valid = np.zeros((len(examples), num_regions), dtype=bool)
     for b, example in enumerate(examples):
         for m, text in enumerate(example.texts):
             index[b, m] = rows.setdefault(text.strip().lower(), len(rows))
@@ -113,10 +112,10 @@ def collate(examples: Sequence[Example], processor: ClocProcessor) -> Part:
         squares=torch.from_numpy(np.stack([example.square for example in examples])),
         caption_ids=processor.tokenize([example.caption for example in examples]),
         boxes=torch.from_numpy(np.stack([example.boxes for example in examples])),
-        valid=valid,
+        valid=torch.from_numpy(valid),
         text_ids=processor.tokenize(list(rows) or ["none"]),  # a row must exist for text_index 0 to point at
-        text_index=index,
-        text_hash=hashes,
+        text_index=torch.from_numpy(index),
+        text_hash=torch.from_numpy(hashes),
         skipped=Counter(reason for example in examples for reason in example.skipped),
     )
 

@@ -29,7 +29,7 @@ def local_path(url: str) -> str | None:
 def read_bytes(url: str, start: int = 0, size: int | None = None) -> bytes:
     """`size` bytes (None: all) from byte `start` on; fewer where the file ends earlier."""
     if (path := local_path(url)) is not None:
-        with open(path, "rb") as stream:
+        with open(path, "rb", buffering=0 if size is not None else -1) as stream:  # one read needs no buffer
             stream.seek(start)
             return stream.read() if size is None else stream.read(size)
     fs, path = url_to_fs(url)

@@ -14,6 +14,7 @@ Symbols: B images of a batch over all ranks, M regions per image, L lanes, S sid
 from __future__ import annotations
 
 import hashlib
+import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from opencloc.boxes import Letterbox, letterbox_image
+from opencloc.boxes import Letterbox, letterbox_array
 from opencloc.data.batch import Batch, Example, Part, collate, join
 from opencloc.data.order import SHUFFLE, WholeOrder, WindowedOrder, permutation
 from opencloc.data.sample import BadSample, Sample, Source
@@ -54,6 +55,7 @@ class TrainingExamples(Dataset[Example]):
     ) -> None:
         self.sources, self.num_regions, self.image_size, self.seed = sources, num_regions, image_size, seed
         self.lanes = lanes
+        self._whole = np.tile(np.array([0, 0, 1, 1], dtype=np.float32), (num_regions, 1))  # where there are no regions
         self.shares = np.asarray(weights or [1.0] * len(sources))
         self.shares = self.shares / self.shares.sum()
         self._ends = np.round(np.cumsum(self.shares) * BLOCK).astype(int)  # of each source's slots in a block
@@ -128,23 +130,24 @@ class TrainingExamples(Dataset[Example]):
             which, number = self.locate(position, attempt)
             try:
                 sample = self.sources[which][number]
-                return self._example(sample, np.random.default_rng((self.seed, 3, position)), skipped)
+                return self._example(sample, random.Random((self.seed << 64) + position), skipped)
             except BadSample as error:
                 skipped.append(error.reason)
                 last = error
         raise RuntimeError(f"{MAX_BAD_IN_A_ROW} unusable samples in a row, the last: {last}") from last  # pyright: ignore
 
-    def _example(self, sample: Sample, rng: np.random.Generator, skipped: list[str]) -> Example:
+    def _example(self, sample: Sample, rng: random.Random, skipped: list[str]) -> Example:
         caption = choose_caption(sample, rng)
         if len(sample.boxes) > self.num_regions:
-            chosen = np.sort(rng.choice(len(sample.boxes), self.num_regions, replace=False))
+            chosen = sorted(rng.sample(range(len(sample.boxes)), self.num_regions))
         else:
-            chosen = np.arange(len(sample.boxes))
-        boxes = np.tile(np.array([0, 0, 1, 1], dtype=np.float32), (self.num_regions, 1))
-        letterbox = Letterbox(width_px=sample.image.width, height_px=sample.image.height)
-        boxes[: len(chosen)] = letterbox.to_square(sample.boxes[chosen])
+            chosen = list(range(len(sample.boxes)))
+        boxes = self._whole.copy()
+        if chosen:
+            letterbox = Letterbox(width_px=sample.image.width, height_px=sample.image.height)
+            boxes[: len(chosen)] = letterbox.to_square(sample.boxes[chosen])
         return Example(
-            square=np.asarray(letterbox_image(sample.image, self.image_size)),
+            square=letterbox_array(sample.image, self.image_size),
             caption=caption,
             boxes=boxes,
             texts=[sample.texts[i] for i in chosen],
@@ -152,14 +155,14 @@ class TrainingExamples(Dataset[Example]):
         )
 
 
-def choose_caption(sample: Sample, rng: np.random.Generator) -> str:
+def choose_caption(sample: Sample, rng: random.Random) -> str:
     """One of the captions at random; else the alt text; else the region texts in a row.
 
     Raises `BadSample` if there is no text at all.
     """
     captions = [caption for caption in sample.captions if caption.strip()]
     if captions:
-        return captions[rng.integers(len(captions))]
+        return captions[rng.randrange(len(captions))]
     if sample.alt_text and sample.alt_text.strip():
         return sample.alt_text
     if sample.texts:

@@ -30,6 +30,8 @@ MAX_PIXELS = 89_478_485  # Pillow's own bound: an RGB image of 256 MiB
 # out: some run outside programs (EPS) and none is needed for photos.
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
 
+_NUMBERS = frozenset({int, float})  # as JSON gives them; bool is a type of its own
+
 ImageFormat = Literal["jpg", "png", "webp"]
 
 
@@ -207,11 +209,11 @@ def _regions(where: str, regions: Any) -> tuple[np.ndarray, tuple[str, ...], np.
         if not isinstance(region, dict) or not {"box", "text"} <= region.keys():
             raise BadSample("bad json", where, f"region {number} needs a box and a text: {region!r}")
         box, text, score = region["box"], region["text"], region.get("score")
-        if not isinstance(box, list) or len(box) != 4 or not all(_is_number(x) for x in box):
+        if not isinstance(box, list) or len(box) != 4 or not _NUMBERS.issuperset(map(type, box)):
             raise BadSample("bad box", where, f"region {number}: a box is 4 numbers, not {box!r}")
         if not isinstance(text, str):
             raise BadSample("bad json", where, f"region {number}: text must be a string, not {text!r}")
-        if score is not None and not (_is_number(score) and 0 <= score <= 1):
+        if score is not None and not (type(score) in _NUMBERS and 0 <= score <= 1):
             raise BadSample("bad score", where, f"region {number}: a score lies in [0, 1], not {score!r}")
         boxes.append(box)
         texts.append(text)
@@ -222,7 +224,3 @@ def _regions(where: str, regions: Any) -> tuple[np.ndarray, tuple[str, ...], np.
         scores = []
     array = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
     return array, tuple(texts), np.asarray(scores, dtype=np.float32) if scores else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -123,14 +123,15 @@ class Shards:
     def image_bytes(self, index: int) -> bytes:
         """The image of a sample as it is stored."""
         shard, row = self._locate(index)
-        return self._read(shard, row)[0]
+        return self._read(self._index(shard, row), row)[0]
 
     def __getitem__(self, index: int) -> Sample:
         shard, row = self._locate(index)
-        key = self._index(shard, row).keys[row]
-        where = f"{self.urls[shard]}/{key}"
+        found = self._index(shard, row)
+        key = found.keys[row]
+        where = f"{found.url}/{key}"
         labels = self._labels(shard) if self.config.sidecar is not None else None
-        image, json_bytes, text = self._read(shard, row)
+        image, json_bytes, text = self._read(found, row)
         record = parse_record(where, json_bytes, text)
         if labels is not None:
             record = with_labels(record, labels.get(key), where)
@@ -173,9 +174,8 @@ class Shards:
             raise BadSample((*broken, "shard is shorter than its index says")[0], index.url, detail)
         return index
 
-    def _read(self, shard: int, row: int) -> tuple[bytes, bytes | None, bytes | None]:
+    def _read(self, index: ShardIndex, row: int) -> tuple[bytes, bytes | None, bytes | None]:
         """Bytes of image, json and txt, by one read over the members of the sample."""
-        index = self._index(shard, row)
         spans = index.spans[row].tolist()
         start = min(offset for offset, size in spans if size >= 0)
         end = max(offset + size for offset, size in spans if size >= 0)
