@@ -13,5 +13,6 @@ if [[ $gpus -lt 1 ]]; then
 fi
 # numeric libraries would take all cores for every rank
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / gpus > 0 ? $(nproc) / gpus : 1))}
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # or ranks that are started again find addresses of the dead ones
 exec .venv/bin/torchrun --standalone --nproc-per-node "$gpus" --max-restarts 3 --shutdown-timeout 120 \
     -m opencloc train "$@"

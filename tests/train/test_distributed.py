@@ -249,10 +249,6 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(base: TrainConfig, t
     on_two_ranks(body, tmp_path)
 
 
-@pytest.mark.skipif(
-    "OPENCLOC_ELASTIC" not in os.environ,
-    reason="set OPENCLOC_ELASTIC=1 to run it: after a restart Gloo sometimes waits for its connections in vain",
-)
 def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_happened(
     base: TrainConfig, tmp_path: Path
 ) -> None:
@@ -267,12 +263,18 @@ def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_happened(
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
+def test_restarts_that_would_wait_in_vain_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("MAX_RESTARTS", "3"), ("USE_AGENT_STORE", "True")):
+        monkeypatch.setenv(name if name == "WORLD_SIZE" else f"TORCHELASTIC_{name}", value)
+    with pytest.raises(RuntimeError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"), process_ranks(CPU):
+        pass
+
+
 def torchrun(*arguments: str) -> str:
     """What two ranks started by torchrun write to stderr; a failure is one of the test."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=PATIENCE_S
-    )
+    settings = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     return done.stderr
 

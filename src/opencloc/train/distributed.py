@@ -72,12 +72,28 @@ def process_ranks(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if created:
+        _check_restarts()
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield Ranks(rank=dist.get_rank(), size=dist.get_world_size(), group=dist.group.WORLD), device
     finally:
         if created:
             dist.destroy_process_group()
+
+
+def _check_restarts() -> None:
+    """Raises RuntimeError where ranks that torchrun starts again would wait for ever.
+
+    torchrun's ranks find each other by a store that, unless told otherwise, outlives them: a restarted rank may read a
+    dead one's address there (pytorch issue 135712).
+    """
+    environment = os.environ
+    restarts = int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts > 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise RuntimeError(
+            f"torchrun --max-restarts {restarts} needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment: without, "
+            "restarted ranks find addresses of dead ones and wait for them in vain"
+        )
 
 
 def spread(model: nn.Module, ranks: Ranks, sharding: Literal["ddp", "fsdp"]) -> nn.Module:
