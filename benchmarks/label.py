@@ -84,7 +84,7 @@ def per_call_ms(function: Callable[[Any], object], arguments: Sequence[Any]) -> 
 
 
 def engine_cost(shard: str, folder: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """(CPU milliseconds per image of everything but the models, in all and by step; what a sidecar holds and weighs)."""
+    """(CPU milliseconds per image of all but the models, as a whole and by step; what a sidecar holds and weighs)."""
     config = LabelConfig(
         data=(shard,),
         output=str(folder / "engine"),
