@@ -27,13 +27,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-WORLD = "num_things=60&attributes=colour&image_px=64"
+NUM_THINGS, IMAGE_PX = 30, 64
+WORLD = f"num_things={NUM_THINGS}&attributes=colour&image_px={IMAGE_PX}"  # each thing in 9 colours
 NOISE = {
     "exact": "",
     "noisy": "&box_jitter=0.1&wrong_text=0.1&missing_region=0.25",
     "very noisy": "&box_jitter=0.2&wrong_text=0.3&missing_region=0.5",
 }
-STEPS = 700
+STEPS = 500
 POINTS = 5  # checkpoints scored on the way, the last included
 SEEDS = (0, 1, 2)
 SETS = {  # what the final models are scored on; no scene of them was trained on
@@ -235,8 +236,9 @@ def make_labels(out: Path) -> None:
     if not (out / "labelled").exists():
         partial = out / "labelled.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        arguments = ["data", "scenes", "--out", str(partial), "--num-images", str(NUM_LABELLED), "--image-px", "64"]
-        check(opencloc([*arguments, "--num-things", "60", "--attributes", "colour"]))
+        arguments = ["data", "scenes", "--out", str(partial), "--num-images", str(NUM_LABELLED)]
+        arguments += ["--image-px", str(IMAGE_PX), "--num-things", str(NUM_THINGS), "--attributes", "colour"]
+        check(opencloc(arguments))
         os.replace(partial, out / "labelled")
     for name, options in {
         "nouns": ["--captions.existing-text", "caption"],
@@ -244,7 +246,7 @@ def make_labels(out: Path) -> None:
     }.items():
         detector = f"benchmarks.scene_detector:factory?shards={out / 'labelled'}"
         arguments = ["label", "--data", str(out / "labelled"), "--output", str(out / "labels" / name), *options]
-        check(opencloc([*arguments, "--detector", detector, "--resolution", "64", "--workers", "2"]))
+        check(opencloc([*arguments, "--detector", detector, "--resolution", str(IMAGE_PX), "--workers", "2"]))
 
 
 def check(status: int) -> None:
