@@ -21,6 +21,7 @@ from transformers import (
 
 from opencloc.model.cloc import ClocConfig, ClocModel
 from opencloc.model.processor import ClocProcessor
+from opencloc.model.prompter import CrossPrompter
 from opencloc.model.prompts import Box, Mask, Point, Text
 from opencloc.model.texts import pack
 from opencloc.model.towers import patchify, vision_forward
@@ -269,3 +270,14 @@ def test_vit_positions_start_from_the_basis_of_the_prompts(make_model: MakeModel
     assert torch.corrcoef(torch.stack([table.flatten(), basis.flatten()]))[0, 1] > 0.999
     other = without.clip.vision_model.embeddings.position_embedding.weight[1:]
     assert torch.corrcoef(torch.stack([other.flatten(), basis.flatten()]))[0, 1].abs() < 0.2
+
+
+def test_the_cross_prompter_starts_with_the_image_tokens_as_values(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model()
+    assert isinstance(model.prompter, CrossPrompter)
+    x = torch.randn(3, model.prompter.value.in_features)
+    assert torch.equal(model.prompter.out(model.prompter.value(x)), x)
+    torch.nn.init.normal_(model.prompter.value.weight)
+    model.save_pretrained(tmp_path)
+    loaded = ClocModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded.prompter.value.weight, model.prompter.value.weight)  # a start only, not kept

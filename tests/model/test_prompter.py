@@ -38,13 +38,12 @@ def spread(module: nn.Module) -> nn.Module:
     return module
 
 
-def cross_reference(
-    p: CrossPrompter, memory: torch.Tensor, tokens: torch.Tensor, penalty: torch.Tensor
-) -> torch.Tensor:
+def cross_reference(p: CrossPrompter, image: torch.Tensor, tokens: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
     """z of one prompt on one image: keys and values of every image token, every token of the prompt on its own."""
+    content, memory = (x[0] for x in p.memory(image[None]))
     assert p.log_slope is not None
     heads = []
-    q, k, v = p.query(p.norm_query(tokens)), p.key(memory), p.value(memory)
+    q, k, v = p.query(p.norm_query(tokens)), p.key(memory), p.value(content)
     size = WIDTH // p.num_heads
     for h in range(p.num_heads):
         part = slice(h * size, (h + 1) * size)
@@ -55,9 +54,9 @@ def cross_reference(
     return p.projection(p.norm_out(x))
 
 
-def encoder_reference(p: EncoderPrompter, memory: torch.Tensor, tokens: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+def encoder_reference(p: EncoderPrompter, image: torch.Tensor, tokens: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     """z of one prompt on one image: a whole encoder layer over the prompt's tokens and the image's."""
-    x = torch.cat([tokens, memory])
+    x = torch.cat([tokens, p.memory(image[None])[1][0]])
     q, k, v = p.attention_in(p.norm_attention(x)).chunk(3, dim=-1)
     x = x + p.attention_out((q @ k.T / WIDTH**0.5).softmax(-1) @ v)
     x = x + p.mlp(p.norm_mlp(x))
@@ -83,12 +82,11 @@ def test_prompter_equals_its_definition_prompt_by_prompt(form: str, shared_posit
     (fast * weight).sum().backward()
     gradients = {name: p.grad for name, p in prompter.named_parameters()}
     prompter.zero_grad()
-    memory = prompter.memory(image)
     slow = torch.stack(
         [
             torch.stack(
                 [
-                    reference(prompter, memory[b], batch.tokens[b, i][valid], batch.penalty[b, i][valid])
+                    reference(prompter, image[b], batch.tokens[b, i][valid], batch.penalty[b, i][valid])
                     for i, valid in enumerate(batch.valid[b])
                 ]
             )
@@ -119,6 +117,7 @@ def test_anchored_head_equals_its_definition() -> None:
 
 def test_image_tokens_carry_the_basis_of_the_prompts_if_shared() -> None:
     tokens = torch.randn(1, NUM_PATCHES, WIDTH)
-    added = Memory(WIDTH, GRID, True)(tokens) - Memory(WIDTH, GRID, False)(tokens)
+    content, memory = Memory(WIDTH, GRID, True)(tokens)
     encoder = PromptEncoder(WIDTH, EMBED, GRID)
-    torch.testing.assert_close(added[0], encoder.basis(patch_centres(GRID)))
+    torch.testing.assert_close((memory - content)[0], encoder.basis(patch_centres(GRID)))
+    assert torch.equal(*Memory(WIDTH, GRID, False)(tokens))

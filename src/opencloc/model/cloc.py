@@ -160,9 +160,12 @@ class ClocModel(PreTrainedModel):
         elif isinstance(module, PromptEncoder):
             for kind in (module.corner_kind, module.point_kind, module.text_kind):
                 init.normal_(kind, std=0.5)
-        elif isinstance(module, CrossPrompter) and module.log_slope is not None:
-            assert self.config.prior_slope is not None
-            init.constant_(module.log_slope, self.config.prior_slope)
+        elif isinstance(module, CrossPrompter):
+            for linear in (module.value, module.out):
+                init.eye_(linear.weight)
+            if module.log_slope is not None:
+                assert self.config.prior_slope is not None
+                init.constant_(module.log_slope, self.config.prior_slope)
         elif module is self:
             init.constant_(self.region_logit_scale, 2.6592)  # ln(1 / 0.07), CLIP's
             table, before = towers.position_table(self.clip)

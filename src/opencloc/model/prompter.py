@@ -5,8 +5,9 @@ Three forms behind one interface `prompter(tokens, prompts) -> PrompterOutput`:
 * `CrossPrompter` (default): the prompt tokens are the only queries, keys and values come from the image tokens.
   Differs from the paper, which runs a whole encoder layer per prompt: here the cost per prompt does not grow with
   another pass over the image.  The spatial prior enters as an attention bias with a learnable slope per head, the
-  position basis is shared by patches and prompts, and nothing of a prompt token itself goes on (no residual), so a
-  region embedding can only say what was attended to.
+  position basis is shared by patches and prompts but stays out of the values, and nothing of a prompt token itself goes
+  on (no residual), so a region embedding can only say what was attended to.  Values start as the image tokens
+  themselves, which with the prior makes the whole start as a mean over the box.
 * `EncoderPrompter`: the published form, no prior.
 * `RoiPrompter`: RoIAlign, the published baseline (table 2, row 9).  It has no text prompts.
 
@@ -45,7 +46,7 @@ class Mlp(nn.Sequential):
 
 
 class Memory(nn.Module):
-    """Image tokens as keys and values: normalised, with the position basis that prompts share added."""
+    """Image tokens, normalised: (as they are, with the position basis that prompts share added)."""
 
     basis: Tensor
 
@@ -54,12 +55,12 @@ class Memory(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.width, self.grid, self.shared_positions = width, grid, shared_positions
 
-    def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        memory = self.norm(tokens)
+    def forward(self, tokens: Float[Tensor, "B N D"]) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N D"]]:
+        content = self.norm(tokens)
         if not self.shared_positions:
-            return memory
+            return content, content
         basis = sinusoidal(patch_centres(self.grid, tokens.device), self.width, max(self.grid) / 2)
-        return memory + basis.to(memory.dtype)
+        return content, content + basis.to(content.dtype)
 
 
 class CrossPrompter(nn.Module):
@@ -93,9 +94,9 @@ class CrossPrompter(nn.Module):
         self.projection = nn.Linear(width, embed_dim, bias=False)
 
     def forward(self, tokens: Float[Tensor, "B N D"], prompts: PromptBatch) -> PrompterOutput:
-        memory = self.memory(tokens)
+        content, memory = self.memory(tokens)
         attention = self._attention(memory, prompts)
-        x = self.out(self._values(attention, memory))
+        x = self.out(self._values(attention, content))
         x = x + self.mlp(self.norm_mlp(x))
         return PrompterOutput(embedding=self.projection(self.norm_out(x)), memory=memory)
 
@@ -115,13 +116,13 @@ class CrossPrompter(nn.Module):
         attention = scores.softmax(-1).unflatten(2, (count, num_tokens))
         return masked_mean(attention, prompts.valid[:, None]).to(memory.dtype)
 
-    def _values(self, attention: Float[Tensor, "B H P N"], memory: Float[Tensor, "B N D"]) -> Float[Tensor, "B P D"]:
+    def _values(self, attention: Float[Tensor, "B H P N"], content: Float[Tensor, "B N D"]) -> Float[Tensor, "B P D"]:
         """Values of the image tokens under the attention, heads side by side."""
-        if _few(attention, memory):  # sum_n a_n (W m_n + b) = W sum_n a_n m_n + b, the weights summing to one
-            seen = (attention.flatten(1, 2) @ memory).unflatten(1, (self.num_heads, -1))
+        if _few(attention, content):  # sum_n a_n (W c_n + b) = W sum_n a_n c_n + b, the weights summing to one
+            seen = (attention.flatten(1, 2) @ content).unflatten(1, (self.num_heads, -1))
             weight = self.value.weight.unflatten(0, (self.num_heads, -1)).transpose(-1, -2)
             return (seen @ weight).transpose(1, 2).flatten(2) + self.value.bias
-        return (attention @ self._heads(self.value(memory))).transpose(1, 2).flatten(2)
+        return (attention @ self._heads(self.value(content))).transpose(1, 2).flatten(2)
 
     def _heads(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B H S d"]:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -148,7 +149,7 @@ class EncoderPrompter(nn.Module):
         up to the normaliser; the output projection goes before the sum over the prompt's own few keys, and the second
         linear map of the MLP behind the mean.  Left per prompt and token is the first half of the MLP.
         """
-        memory = self.memory(tokens)
+        _, memory = self.memory(tokens)
         valid = prompts.valid[:, :, None]  # (B, P, 1, K)
         own = prompts.tokens.to(memory.dtype)
         image_q, image_k, image_v = self.attention_in(self.norm_attention(memory)).chunk(3, dim=-1)
@@ -189,7 +190,7 @@ class RoiPrompter(nn.Module):
         self.projection = nn.Linear(width, embed_dim, bias=False)
 
     def forward(self, tokens: Float[Tensor, "B N D"], prompts: PromptBatch) -> PrompterOutput:
-        memory = self.memory(tokens)
+        memory, _ = self.memory(tokens)
         feature_map = memory.transpose(1, 2).unflatten(-1, self.grid)
         x = roi_align(feature_map, prompts.boxes, self.roi_size).mean((-1, -2))
         x = x + self.mlp(self.norm_mlp(x))

@@ -91,8 +91,8 @@ def _check_restarts() -> None:
     restarts = int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if restarts > 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise RuntimeError(
-            f"torchrun --max-restarts {restarts} needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment: without, "
-            "restarted ranks find addresses of dead ones and wait for them in vain"
+            f"torchrun --max-restarts {restarts} needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment: "
+            "without, restarted ranks find addresses of dead ones and wait for them in vain"
         )
 
 
