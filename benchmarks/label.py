@@ -104,7 +104,7 @@ def engine_cost(shard: str, folder: Path) -> tuple[dict[str, float], dict[str, f
     found = [engine.detector([samples[0].image], [own])[0] for own in phrases]
     rows = list(read_sidecar(unit.sidecar).values())
     storage = {
-        "words of the caption": sum(len(row.caption.split()) for row in rows) / len(rows),
+        "words of the caption": sum(len((row.caption or "").split()) for row in rows) / len(rows),
         "regions per image": sum(len(row.boxes) for row in rows) / len(rows),
         "bytes per image": Path(unit.sidecar).stat().st_size / len(rows),
     }

@@ -279,5 +279,6 @@ def test_the_cross_prompter_starts_with_the_image_tokens_as_values(make_model: M
     assert torch.equal(model.prompter.out(model.prompter.value(x)), x)
     torch.nn.init.normal_(model.prompter.value.weight)
     model.save_pretrained(tmp_path)
-    loaded = ClocModel.from_pretrained(tmp_path)
-    assert torch.equal(loaded.prompter.value.weight, model.prompter.value.weight)  # a start only, not kept
+    loaded = ClocModel.from_pretrained(tmp_path).prompter
+    assert isinstance(loaded, CrossPrompter)
+    assert torch.equal(loaded.value.weight, model.prompter.value.weight)  # a start only, not kept
