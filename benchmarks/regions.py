@@ -29,7 +29,7 @@ from step import hardware
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from opencloc.boxes import letterbox_image
+from opencloc.boxes import letterbox_array
 from opencloc.data.source import open_source
 from opencloc.model.cloc import ClocConfig, ClocModel
 from opencloc.model.processor import ClocProcessor, train_tokenizer
@@ -125,7 +125,7 @@ def crops(image: Image.Image, boxes: Tensor, processor: ClocProcessor) -> Tensor
     long_px = max(image.size)
     squares = []
     for box in (boxes.cpu().numpy() * long_px).round().astype(int).tolist():
-        squares.append(np.asarray(letterbox_image(image.crop(tuple(box)), processor.image_size)))
+        squares.append(letterbox_array(image.crop(tuple(box)), processor.image_size))
     return processor.normalize(np.stack(squares))
 
 

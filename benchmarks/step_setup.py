@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
-from opencloc.boxes import Letterbox, letterbox_image
+from opencloc.boxes import Letterbox, letterbox_array
 from opencloc.config import LossConfig, ModelConfig, OptimConfig
 from opencloc.data.source import open_source
 from opencloc.loss import cloc_loss
@@ -69,7 +69,7 @@ def make_inputs(data: Path, batch_size: int, num_regions: int, device: torch.dev
         if len(sample.boxes) == 0 or len(phrases) < num_regions:
             continue
         letterbox = Letterbox(width_px=image.width, height_px=image.height)
-        squares.append(np.asarray(letterbox_image(image, processor.image_size)))
+        squares.append(letterbox_array(image, processor.image_size))
         boxes.append(letterbox.to_square(sample.boxes[np.arange(num_regions) % len(sample.boxes)]))
         texts += [phrases[k] for k in rng.choice(len(phrases), num_regions, replace=False)]
         chosen_captions.append(captions[i])

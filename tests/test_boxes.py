@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from opencloc.boxes import Letterbox, box_problem, giou, iou, letterbox_image, pairwise_iou, xywh_px_to_xyxy
+from opencloc.boxes import Letterbox, box_problem, giou, iou, letterbox_array, pairwise_iou, xywh_px_to_xyxy
 
 side = st.integers(1, 4000)
 unit = st.floats(0, 1, width=32)
@@ -43,7 +43,7 @@ def test_letterboxed_pixels_lie_where_to_square_says(size: tuple[int, int]) -> N
     pixels = np.zeros((height, width, 3), np.uint8)
     box_px = (width // 4, height // 4, width // 2, height // 2)
     pixels[box_px[1] : box_px[3], box_px[0] : box_px[2]] = 255
-    square = np.asarray(letterbox_image(Image.fromarray(pixels), 256), dtype=float).mean(-1)
+    square = letterbox_array(Image.fromarray(pixels), 256).astype(float).mean(-1)
     box = np.array(box_px) / np.array([width, height, width, height])
     x0, y0, x1, y1 = Letterbox(width_px=width, height_px=height).to_square(box) * 256
     ys, xs = np.mgrid[:256, :256] + 0.5

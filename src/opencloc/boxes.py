@@ -132,11 +132,6 @@ def _whole_pixels(low: float, high: float, size_px: int) -> tuple[int, int]:
     return first, min(max(round(high * size_px), first + 1), size_px)
 
 
-def letterbox_image(image: Image.Image, size_px: int) -> Image.Image:
-    """`letterbox_array` as an image."""
-    return Image.fromarray(letterbox_array(image, size_px))
-
-
 def letterbox_array(image: Image.Image, size_px: int) -> np.ndarray:
     """The image resized (bicubic, antialiased) into a square (size_px, size_px, 3) of uint8, padded with CLIP's mean.
 

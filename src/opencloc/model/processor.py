@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTok
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
-from opencloc.boxes import MEAN_RGB, STD_RGB, Letterbox, letterbox_image
+from opencloc.boxes import MEAN_RGB, STD_RGB, Letterbox, letterbox_array
 from opencloc.model import towers
 from opencloc.model.cloc import ClocConfig
 from opencloc.model.texts import PackedTexts, pack
@@ -85,7 +85,7 @@ class ClocProcessor(ProcessorMixin):
 
     def letterbox(self, images: Sequence[Image.Image]) -> tuple[Float[Tensor, "B 3 S S"], list[Letterbox]]:
         """Normalised pixels, and for each image where it lies in the square."""
-        squares = [np.asarray(letterbox_image(image, self.image_size)) for image in images]
+        squares = [letterbox_array(image, self.image_size) for image in images]
         return self.normalize(np.stack(squares)), [Letterbox(width_px=i.width, height_px=i.height) for i in images]
 
     def normalize(self, squares: np.ndarray) -> Float[Tensor, "B 3 S S"]:

@@ -48,8 +48,6 @@ class Mlp(nn.Sequential):
 class Memory(nn.Module):
     """Image tokens, normalised: (as they are, with the position basis that prompts share added)."""
 
-    basis: Tensor
-
     def __init__(self, width: int, grid: tuple[int, int], shared_positions: bool) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)

@@ -87,9 +87,8 @@ def _check_restarts() -> None:
     torchrun's ranks find each other by a store that, unless told otherwise, outlives them: a restarted rank may read a
     dead one's address there (pytorch issue 135712).
     """
-    environment = os.environ
-    restarts = int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-    if restarts > 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise RuntimeError(
             f"torchrun --max-restarts {restarts} needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment: "
             "without, restarted ranks find addresses of dead ones and wait for them in vain"
