@@ -126,7 +126,7 @@ def crops(image: Image.Image, boxes: Tensor, processor: ClocProcessor) -> Tensor
     squares = []
     for box in (boxes.cpu().numpy() * long_px).round().astype(int).tolist():
         squares.append(letterbox_array(image.crop(tuple(box)), processor.image_size))
-    return processor.normalize(np.stack(squares))
+    return processor.normalize(torch.from_numpy(np.stack(squares)))
 
 
 def table(seconds: dict[str, list[float]], most_crops: int) -> dict[str, dict[str, float]]:

@@ -78,7 +78,7 @@ def make_inputs(data: Path, batch_size: int, num_regions: int, device: torch.dev
     if len(squares) < batch_size:
         raise SystemExit(f"only {len(squares)} photos have boxes and {num_regions} phrases; lower --batch-size")
     distinct = list(dict.fromkeys(texts))
-    forms: dict[str, Any] = {"pixels": processor.normalize(np.stack(squares))}
+    forms: dict[str, Any] = {"pixels": processor.normalize(torch.from_numpy(np.stack(squares)))}
     tokens = {}
     for name, strings in (("captions", chosen_captions), ("texts", distinct), ("all_texts", texts)):
         longest = processor.tokenize(strings)

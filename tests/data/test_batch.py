@@ -78,11 +78,13 @@ def test_joining_counts_what_was_skipped_in_all_parts(processor: ClocProcessor) 
     assert join(parts, processor, CPU).skipped == Counter({"broken image": 3})
 
 
-def test_pixels_are_normalised_as_the_processor_does(processor: ClocProcessor) -> None:
+def test_pixels_are_normalised_by_the_mean_and_deviation_of_the_processor(processor: ClocProcessor) -> None:
     rows = [example(i, []) for i in range(3)]
     batch = join([collate(rows, processor)], processor, CPU)
     assert batch.pixels.is_contiguous()
-    torch.testing.assert_close(batch.pixels, processor.normalize(np.stack([row.square for row in rows])))
+    squares = np.stack([row.square for row in rows])
+    expected = (squares / 255 - processor.image_mean) / processor.image_std
+    torch.testing.assert_close(batch.pixels, torch.from_numpy(expected.transpose(0, 3, 1, 2)).float())
 
 
 def test_micro_batches_hold_the_same_rows(processor: ClocProcessor) -> None:

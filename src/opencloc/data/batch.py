@@ -127,7 +127,7 @@ def join(parts: Sequence[Part], processor: ClocProcessor, device: torch.device) 
     squares = torch.cat([part.squares.to(device, non_blocking=True) for part in parts])
     whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("boxes", "valid", "text_hash")}
     return Batch(
-        pixels=normalize(squares, processor.image_mean, processor.image_std),
+        pixels=processor.normalize(squares),
         caption_ids=_stack([part.caption_ids for part in parts], pad_id).to(device),
         text_ids=text_ids.to(device),
         text_index=text_index.to(device),
@@ -156,13 +156,3 @@ def _stack(blocks: Sequence[Int[Tensor, "_ _"]], pad_id: int) -> Int[Tensor, "_ 
     """Rows of token ids one below the other, padded to the widest."""
     width = max(block.shape[1] for block in blocks)
     return torch.cat([torch.nn.functional.pad(block, (0, width - block.shape[1]), value=pad_id) for block in blocks])
-
-
-def normalize(
-    squares: UInt8[Tensor, "B S S 3"], mean: Sequence[float], std: Sequence[float]
-) -> Float[Tensor, "B 3 S S"]:
-    """Pixels (value / 255 - mean) / std, contiguous; the transposition goes over bytes, the arithmetic is in place."""
-    scale = 1 / (255 * torch.tensor(std, device=squares.device))
-    offset = 255 * torch.tensor(mean, device=squares.device)
-    pixels = squares.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    return pixels.sub_(offset[:, None, None]).mul_(scale[:, None, None])

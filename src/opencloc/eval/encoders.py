@@ -232,7 +232,8 @@ def _see(
     else:
         squares = [centre_square(image, side) for image in images]
     fills = Letterbox(width_px=1, height_px=1)  # squashed, an image fills the square; of `centre` no boxes are asked
-    return processor.normalize(np.stack([np.asarray(square) for square in squares])), [fills] * len(squares)
+    stacked = torch.from_numpy(np.stack([np.asarray(square) for square in squares]))
+    return processor.normalize(stacked), [fills] * len(squares)
 
 
 def centre_square(image: Image.Image, side_px: int) -> Image.Image:

@@ -16,7 +16,7 @@ from typing import Any, no_type_check
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
@@ -86,13 +86,16 @@ class ClocProcessor(ProcessorMixin):
     def letterbox(self, images: Sequence[Image.Image]) -> tuple[Float[Tensor, "B 3 S S"], list[Letterbox]]:
         """Normalised pixels, and for each image where it lies in the square."""
         squares = [letterbox_array(image, self.image_size) for image in images]
-        return self.normalize(np.stack(squares)), [Letterbox(width_px=i.width, height_px=i.height) for i in images]
+        pixels = self.normalize(torch.from_numpy(np.stack(squares)))
+        return pixels, [Letterbox(width_px=i.width, height_px=i.height) for i in images]
 
-    def normalize(self, squares: np.ndarray) -> Float[Tensor, "B 3 S S"]:
-        """uint8 squares (B, S, S, 3) as normalised float pixels."""
-        mean, std = torch.tensor(self.image_mean), torch.tensor(self.image_std)
-        pixels = torch.from_numpy(squares).float() / 255
-        return ((pixels - mean) / std).permute(0, 3, 1, 2).contiguous()
+    def normalize(self, squares: UInt8[Tensor, "B S S 3"]) -> Float[Tensor, "B 3 S S"]:
+        """Pixels (value / 255 - mean) / std on the device of the squares."""
+        scale = 1 / (255 * torch.tensor(self.image_std, device=squares.device))
+        offset = 255 * torch.tensor(self.image_mean, device=squares.device)
+        # bytes are transposed sooner than floats, and the arithmetic is in place
+        pixels = squares.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        return pixels.sub_(offset[:, None, None]).mul_(scale[:, None, None])
 
     def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "B T"]:
         """Token ids, lower-cased, cut to the towers' length, padded to the longest (SigLIP: to the full length).
