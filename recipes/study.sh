@@ -9,5 +9,8 @@ out=${OUT:-runs/study}
 results=${RESULTS:-results/study}
 .venv/bin/python benchmarks/study.py --out "$out" "$@"
 .venv/bin/python benchmarks/study_report.py --runs "$out" --out "$results"
+for labels in nouns n-grams; do
+    .venv/bin/opencloc data stats --data "shards:$out/labelled?sidecar=$out/labels/$labels/vesl" --out "$results/labels-$labels"
+done
 facts recipes/study.sh "$@" >"$results/run.txt"
 echo "wrote $results"

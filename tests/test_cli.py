@@ -16,8 +16,9 @@ from opencloc.presets import tiny
 TINY = ["--model.image-size", "32", "--model.vision-width", "32", "--model.vision-layers", "1", "--batch-size", "8"]
 
 
-def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 0
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["data"], ["data", "--help"]])
+def test_help_lists_every_verb(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
     text = capsys.readouterr().out
     assert all(verb in text for verb in VERBS)
 

@@ -20,7 +20,7 @@ Config = TypeVar("Config")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments in (["-h"], ["--help"], ["data"], ["data", "-h"], ["data", "--help"]):
         print(usage())
         return 0
     if arguments[0] == "--version":
