@@ -310,12 +310,12 @@ def alive(pid: int) -> bool:
 
 
 def test_ctrl_c_ends_a_run_with_workers_in_order(scenes, tmp_path, undisturbed) -> None:
-    config = configure(scenes, tmp_path, slow="3")
+    config = configure(scenes, tmp_path, slow="1")
     with start(config, 1) as process:
         wait_for_files(process, tmp_path, "*_stats.json", 1)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == 130, output
     assert "Stopped: interrupted." in output
     assert "Traceback" not in output
     assert_no_half_files(tmp_path)
