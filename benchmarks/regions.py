@@ -29,7 +29,6 @@ from step import hardware
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from opencloc.boxes import letterbox_array
 from opencloc.data.source import open_source
 from opencloc.model.cloc import ClocConfig, ClocModel
 from opencloc.model.processor import ClocProcessor, train_tokenizer
@@ -122,11 +121,8 @@ def random_boxes(count: int) -> Tensor:
 
 def crops(image: Image.Image, boxes: Tensor, processor: ClocProcessor) -> Tensor:
     """Pixels of the boxes, each letterboxed on its own."""
-    long_px = max(image.size)
-    squares = []
-    for box in (boxes.cpu().numpy() * long_px).round().astype(int).tolist():
-        squares.append(letterbox_array(image.crop(tuple(box)), processor.image_size))
-    return processor.normalize(torch.from_numpy(np.stack(squares)))
+    boxes_px = (boxes.cpu().numpy() * max(image.size)).round().astype(int).tolist()
+    return processor.letterbox([image.crop(tuple(box)) for box in boxes_px])[0]
 
 
 def table(seconds: dict[str, list[float]], most_crops: int) -> dict[str, dict[str, float]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
-from opencloc.boxes import Letterbox, letterbox_array
+from opencloc.boxes import Letterbox
 from opencloc.config import LossConfig, ModelConfig, OptimConfig
 from opencloc.data.source import open_source
 from opencloc.loss import cloc_loss
@@ -62,23 +62,23 @@ def make_inputs(data: Path, batch_size: int, num_regions: int, device: torch.dev
     config.text_config.vocab_size = VOCAB_SIZE
     processor = ClocProcessor.for_towers(config, tokenizer)
     rng = np.random.default_rng(0)
-    squares, boxes, texts, chosen_captions = [], [], [], []
+    images, boxes, texts, chosen_captions = [], [], [], []
     for i in rng.permutation(len(samples)):
         sample, image = samples[i], samples[i].image
         phrases = list(dict.fromkeys(p for caption in sample.captions for p in extract_phrases(caption)))
         if len(sample.boxes) == 0 or len(phrases) < num_regions:
             continue
         letterbox = Letterbox(width_px=image.width, height_px=image.height)
-        squares.append(letterbox_array(image, processor.image_size))
+        images.append(image)
         boxes.append(letterbox.to_square(sample.boxes[np.arange(num_regions) % len(sample.boxes)]))
         texts += [phrases[k] for k in rng.choice(len(phrases), num_regions, replace=False)]
         chosen_captions.append(captions[i])
-        if len(squares) == batch_size:
+        if len(images) == batch_size:
             break
-    if len(squares) < batch_size:
-        raise SystemExit(f"only {len(squares)} photos have boxes and {num_regions} phrases; lower --batch-size")
+    if len(images) < batch_size:
+        raise SystemExit(f"only {len(images)} photos have boxes and {num_regions} phrases; lower --batch-size")
     distinct = list(dict.fromkeys(texts))
-    forms: dict[str, Any] = {"pixels": processor.normalize(torch.from_numpy(np.stack(squares)))}
+    forms: dict[str, Any] = {"pixels": processor.letterbox(images)[0]}
     tokens = {}
     for name, strings in (("captions", chosen_captions), ("texts", distinct), ("all_texts", texts)):
         longest = processor.tokenize(strings)

@@ -9,8 +9,9 @@ out=${OUT:-runs/study}
 results=${RESULTS:-results/study}
 .venv/bin/python benchmarks/study.py --out "$out" "$@"
 .venv/bin/python benchmarks/study_report.py --runs "$out" --out "$results"
-for labels in nouns n-grams; do
-    .venv/bin/opencloc data stats --data "shards:$out/labelled?sidecar=$out/labels/$labels/vesl" --out "$results/labels-$labels"
+for labels in "$out"/labels/*/; do
+    [ -d "$labels" ] || continue # none were asked for
+    .venv/bin/opencloc data stats --data "shards:$out/labelled?sidecar=${labels}vesl" --out "$results/labels-$(basename "$labels")"
 done
 facts recipes/study.sh "$@" >"$results/run.txt"
 echo "wrote $results"

@@ -16,7 +16,7 @@ from opencloc.presets import tiny
 TINY = ["--model.image-size", "32", "--model.vision-width", "32", "--model.vision-layers", "1", "--batch-size", "8"]
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["data"], ["data", "--help"]])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h", "train"], ["data"], ["data", "--help"]])
 def test_help_lists_every_verb(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
     text = capsys.readouterr().out
@@ -37,6 +37,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     ("arguments", "status", "message"),
     [
         (["fly"], 2, "no verb 'fly'"),
+        (["data", "fly"], 2, "no verb 'data fly'"),
         (["train", "huge"], 1, "'huge' is neither a preset (tiny, small"),
         (["train", "tiny", "--data.train", "scenes:rich?num_thing=3"], 1, "num_thing"),
         (["eval", "--data", "scenes:easy", "--model", "nowhere"], 1, "nowhere is no checkpoint folder"),

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 Config = TypeVar("Config")
+HELP = ("-h", "--help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments in (["-h"], ["--help"], ["data"], ["data", "-h"], ["data", "--help"]):
+    is_group = any(name.split()[:-1] == arguments[:1] for name in VERBS)  # `data` of `data stats`
+    if not arguments or arguments[0] in HELP or (is_group and arguments[1:] in ([], *([flag] for flag in HELP))):
         print(usage())
         return 0
     if arguments[0] == "--version":
@@ -67,7 +69,7 @@ def _train(arguments: list[str]) -> int | None:
     from opencloc.presets import PRESETS
     from opencloc.train.loop import Interrupted, train
 
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in HELP:
         print(f"{_train.__doc__}\n\nPresets:")
         for name, preset in PRESETS.items():
             print(f"  {name:<12} {(preset.__doc__ or '').splitlines()[0]}")
