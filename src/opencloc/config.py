@@ -143,6 +143,8 @@ class LossConfig(Strict):
 class OptimConfig(Strict):
     """AdamW with warm-up and cosine decay (paper section 4.1)."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon`: AdamW for all but the matrices of the transformer layers, which take orthogonalized steps."""
     lr: float = 5e-4
     """Peak learning rate."""
     beta1: float = 0.9
@@ -202,6 +204,12 @@ class TrainConfig(Strict):
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+        _check(
+            self.optim.name != "muon" or self.sharding == "ddp",
+            "optim.name",
+            self.optim.name,
+            "adamw where sharding is fsdp: muon needs whole matrices",
+        )
         if self.micro_batch_size is not None:
             _check(
                 self.micro_batch_size >= 1 and self.batch_size % self.micro_batch_size == 0,

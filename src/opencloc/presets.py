@@ -49,8 +49,8 @@ def small() -> TrainConfig:
             vocab_size=4096,
         ),
         data=DataConfig(num_regions=9),  # all tiles of a 3 x 3 mosaic: prompts cost little beside the towers
-        optim=OptimConfig(lr=1e-3, warmup_steps=100, weight_decay=0.1),
-        steps=3000,
+        optim=OptimConfig(name="muon", lr=1e-3, warmup_steps=100, weight_decay=0.1),
+        steps=2400,
         batch_size=32,
         checkpoint_every=200,
     )
