@@ -202,6 +202,13 @@ def test_two_ranks_train_what_one_process_trains(
     torch.testing.assert_close(moments, expected, atol=2e-6, rtol=1e-3)
 
 
+def test_muon_on_two_ranks_trains_what_one_process_trains(base: TrainConfig, tmp_path: Path) -> None:
+    config = replace(base, steps=3, optim=replace(base.optim, name="muon"))
+    train(replace(config, out=str(tmp_path / "single")))
+    on_two_ranks(lambda _: train(replace(config, out=str(tmp_path / "run"))) and None, tmp_path)
+    assert_same_run(tmp_path / "run", tmp_path / "single")
+
+
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_clip_baseline_on_two_ranks_leaves_the_region_parts_alone(
     sharding: Any, base: TrainConfig, tmp_path: Path

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
@@ -27,7 +29,7 @@ from opencloc.presets import PRESETS
 from opencloc.train.build import build_model
 from opencloc.train.checkpoint import list_checkpoints
 from opencloc.train.loop import backward, train
-from opencloc.train.optim import learning_rate, make_optimizer
+from opencloc.train.optim import Muon, learning_rate, make_optimizer, orthogonalize
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 PATIENCE_S = 300  # for a process to start on a busy machine
@@ -78,17 +80,21 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(config: MakeConfig, tmp_path: Path) -> None:
-    whole = train(config(tmp_path / "whole", keep_checkpoints=3))
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    optimizer: Any, config: MakeConfig, tmp_path: Path
+) -> None:
+    changes = {"keep_checkpoints": 3, "optim": OptimConfig(name=optimizer, lr=1e-3, warmup_steps=2)}
+    whole = train(config(tmp_path / "whole", **changes))
     # the same run cut off after step 2: as if killed before it could write anything newer
     cut = tmp_path / "cut"
-    train(config(cut, keep_checkpoints=3))
+    train(config(cut, **changes))
     for checkpoint in list_checkpoints(cut / "checkpoints")[1:]:
         for file in checkpoint.iterdir():
             file.unlink()
         checkpoint.rmdir()
     assert [c.name for c in list_checkpoints(cut / "checkpoints")] == ["step_0000002"]
-    resumed = train(config(cut, keep_checkpoints=3))
+    resumed = train(config(cut, **changes))
     assert equal(weights(whole), weights(resumed))
     for name in ("model.safetensors", "optimizer.safetensors"):
         last = "checkpoints/step_0000006"
@@ -239,6 +245,46 @@ def test_weight_decay_spares_vectors_scales_and_positions(config: MakeConfig, tm
     assert sum(len(group["params"]) for group in (decayed, plain, scalars)) == len(names)
 
 
+def test_muon_takes_the_matrices_of_the_layers_of_both_towers(config: MakeConfig, tmp_path: Path) -> None:
+    run = config(tmp_path, optim=OptimConfig(name="muon"))
+    model, _ = build_model(run)
+    names = {id(p): n for n, p in model.named_parameters()}
+    *others, layers = make_optimizer(model, run.optim).param_groups
+    own = {names[id(p)] for p in layers["params"]}
+    linear = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+    assert own == {f"clip.{t}_model.encoder.layers.0.{m}.weight" for t in ("vision", "text") for m in linear}
+    assert len(own) + sum(len(group["params"]) for group in others) == len(names)
+
+
+@settings(deadline=None, max_examples=40)
+@given(rows=st.integers(1, 24), columns=st.integers(1, 24), seed=st.integers(0, 2**32 - 1))
+def test_orthogonalized_matrix_is_the_plain_iteration_whatever_its_scale(rows: int, columns: int, seed: int) -> None:
+    matrix = torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+    torch.testing.assert_close(orthogonalize(matrix), x, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(orthogonalize(1000 * matrix), x, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(orthogonalize(matrix.T), x.T, atol=1e-5, rtol=1e-5)
+
+
+def test_orthogonalized_matrix_has_singular_values_near_one() -> None:
+    left, _ = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    matrix = left * torch.logspace(0, -1, 12, dtype=torch.float64)
+    values = torch.linalg.svdvals(orthogonalize(matrix))
+    assert 0.6 < values.min() <= values.max() < 1.3
+    assert not orthogonalize(torch.zeros(3, 4)).any()
+
+
+def test_a_step_of_muon_is_as_long_as_one_of_adamw_and_shrinks_weights_as_much() -> None:
+    weight = torch.nn.Parameter(torch.ones(16, 64))
+    weight.grad = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    Muon([{"params": [torch.nn.Parameter(torch.ones(2))]}, {"params": [weight], "weight_decay": 0.5}], lr=0.01).step()
+    step = weight.detach() - (1 - 0.01 * 0.5)
+    assert step.square().mean().sqrt() == pytest.approx(0.01 * 0.2, rel=0.2)
+    assert (step * weight.grad).sum() < 0
+
+
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_presets_survive_json(name: str) -> None:
     preset = PRESETS[name]()
@@ -252,6 +298,7 @@ def test_presets_survive_json(name: str) -> None:
         ('{"steps": "3"}', "steps"),
         ('{"steps": 0}', "steps must be >= 1, got 0"),
         ('{"model": {"image_size": 30, "patch_size": 8}}', "multiple of model.patch_size"),
+        ('{"optim": {"name": "muon"}, "sharding": "fsdp"}', "optim.name must be adamw where sharding is fsdp"),
         ("{", "run.json"),
     ],
 )
