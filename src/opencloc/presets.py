@@ -32,7 +32,7 @@ def tiny() -> TrainConfig:
 
 
 def small() -> TrainConfig:
-    """Real photos at 96 px: a good hour on one core (recipes/photos.sh)."""
+    """Real photos at 96 px: some 90 minutes on one AVX2 core (recipes/photos.sh)."""
     return TrainConfig(
         out="runs/small",
         model=ModelConfig(
