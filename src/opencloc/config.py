@@ -101,6 +101,9 @@ class DataConfig(Strict):
     lanes: int = 16
     """Stretches of an epoch read at once: of tars, at least as many are in use, and as many ranks can read different
     ones.  On several machines a multiple of their number, and a divisor of batch_size."""
+    patch_dropout: float = 0.0
+    """Share of every image's patches, drawn anew each time, that training leaves out (FLIP, Li et al. 2023): cheaper
+    steps that learn less each.  Regions of few patches may lose them all.  Not with the roi Prompter."""
     max_skipped_share: float = 0.05
     """Share of unusable samples (broken image, missing shard, no label, ...) past which the run stops."""
 
@@ -115,7 +118,12 @@ class DataConfig(Strict):
         _check(self.num_regions >= 1, "data.num_regions", self.num_regions, ">= 1")
         _check(self.num_workers >= 0, "data.num_workers", self.num_workers, ">= 0")
         _check(self.lanes >= 1, "data.lanes", self.lanes, ">= 1")
+        _check(0 <= self.patch_dropout < 1, "data.patch_dropout", self.patch_dropout, "in [0, 1)")
         _check(0 <= self.max_skipped_share <= 1, "data.max_skipped_share", self.max_skipped_share, "in [0, 1]")
+
+    def kept_patches(self, num_patches: int) -> int:
+        """How many of an image's patches are left by `patch_dropout`: at least one."""
+        return max(1, round((1 - self.patch_dropout) * num_patches))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,9 +67,22 @@ class NumberedTars(Numbered, Shards):
 
 
 def examples(
-    *sources: Numbered, weights: tuple[float, ...] = (), num_regions: int = 2, seed: int = 0, lanes: int = 4
+    *sources: Numbered,
+    weights: tuple[float, ...] = (),
+    num_regions: int = 2,
+    seed: int = 0,
+    lanes: int = 4,
+    keep_patches: tuple[int, int] | None = (3, 8),
 ) -> TrainingExamples:
-    return TrainingExamples(sources, weights, num_regions=num_regions, image_size=16, seed=seed, lanes=lanes)
+    return TrainingExamples(
+        sources,
+        weights,
+        num_regions=num_regions,
+        image_size=16,
+        seed=seed,
+        lanes=lanes,
+        keep_patches=keep_patches,
+    )
 
 
 @pytest.fixture
@@ -190,8 +203,29 @@ def test_the_rows_of_all_ranks_in_order_are_the_batch_of_one_process(processor: 
     ]
     for k, batch in enumerate(whole):
         parts = [rows[k] for rows in ranks]
-        for name in ("pixels", "boxes", "valid", "text_hash"):
+        for name in ("pixels", "boxes", "valid", "text_hash", "kept"):
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+
+
+@given(num_patches=st.integers(1, 40), data=st.data())
+def test_kept_patches_are_distinct_and_change_nothing_else(num_patches: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, num_patches))
+    stream = examples(Numbered(11), keep_patches=(count, num_patches))
+    whole = examples(Numbered(11), keep_patches=None)
+    for position in range(3):
+        example, same_but_whole = stream[position], whole[position]
+        assert example.kept is not None
+        assert same_but_whole.kept is None
+        assert example.kept == sorted(set(example.kept))
+        assert len(example.kept) == count
+        assert set(example.kept) <= set(range(num_patches))
+        assert example.texts == same_but_whole.texts
+        assert np.array_equal(example.boxes, same_but_whole.boxes)
+
+
+def test_every_image_keeps_patches_of_its_own() -> None:
+    stream = examples(Numbered(1), keep_patches=(20, 40))
+    assert len({tuple(stream[position].kept or ()) for position in range(5)}) == 5
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,44 @@ def test_training_forward_equals_encode_and_prompt(make_model: MakeModel) -> Non
     torch.testing.assert_close(out.ground_boxes.clamp(0, 1), grounded)
 
 
+def training_output(model: ClocModel, image: torch.Tensor, kept: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    ids = texts(model)
+    output = model(image, ids[:2], BOXES, ids, torch.tensor([[0, 1], [2, 0]]), kept)
+    return {name: value for name, value in vars(output).items() if value is not None}
+
+
+@pytest.mark.parametrize("prompter", ["cross", "encoder"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_patches_kept_in_any_order_change_nothing(make_model: MakeModel, family: str, prompter: str) -> None:
+    model = make_model(family, prompter=prompter)
+    generator = torch.Generator().manual_seed(4)
+    kept = torch.stack([torch.randperm(model.grid[0] * model.grid[1], generator=generator) for _ in range(2)])
+    expected = training_output(model, pixels(), None)
+    for name, value in training_output(model, pixels(), kept).items():
+        torch.testing.assert_close(value, expected[name])
+
+
+@pytest.mark.parametrize("prompter", ["cross", "encoder"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_seen_of_the_patches_left_out(make_model: MakeModel, family: str, prompter: str) -> None:
+    model = make_model(family, prompter=prompter)
+    rows, columns = model.grid
+    kept = torch.stack([torch.arange(0, rows * columns, 2), torch.arange(1, rows * columns, 2)])
+    shown = torch.zeros(2, rows * columns).scatter_(1, kept, 1.0).reshape(2, 1, rows, columns)
+    side = 32 // rows
+    shown = shown.repeat_interleave(side, 2).repeat_interleave(side, 3)
+    expected, other = training_output(model, pixels(), kept), training_output(model, pixels() * shown, kept)
+    whole = training_output(model, pixels(), None)
+    for name in ("image", "region", "ground_boxes"):
+        torch.testing.assert_close(other[name], expected[name])
+        assert not torch.allclose(whole[name], expected[name], atol=1e-4)
+
+
+def test_the_roi_prompter_refuses_to_leave_patches_out(make_model: MakeModel) -> None:
+    with pytest.raises(ValueError, match="patch_dropout must be 0"):
+        training_output(make_model(prompter="roi"), pixels(), torch.zeros(2, 1, dtype=torch.long))
+
+
 def test_padding_behind_a_text_changes_nothing(make_model: MakeModel) -> None:
     model = make_model()
     ids = texts(model)

@@ -145,7 +145,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
             embed_dim=16,
             tokenizer=str(folder),
         ),
-        data=DataConfig(train=("scenes:rich?min_objects=1&missing_region=0.6",), num_workers=0),
+        data=DataConfig(train=("scenes:rich?min_objects=1&missing_region=0.6",), num_workers=0, patch_dropout=0.25),
         optim=OptimConfig(lr=1e-3, warmup_steps=2, eps=1e-3),  # so that Adam does not blow rounding errors up
         steps=6,
         batch_size=8,

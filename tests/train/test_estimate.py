@@ -89,12 +89,16 @@ def test_parameters_are_exact(model: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize(("with_regions", "tolerance"), [(False, 0.02), (True, 0.15)])
-def test_arithmetic_is_what_the_counter_counts(with_regions: bool, tolerance: float) -> None:
+@pytest.mark.parametrize("kept", [None, 33])
+def test_arithmetic_is_what_the_counter_counts(kept: int | None, with_regions: bool, tolerance: float) -> None:
     """With regions the Prompter comes on top, which is small only beside towers of a useful size."""
-    run = config(loss=LossConfig(region_weight=float(with_regions)))
+    dropout = 0.0 if kept is None else 1 - kept / 49
+    data = DataConfig(num_regions=REGIONS, patch_dropout=dropout)
+    run = config(loss=LossConfig(region_weight=float(with_regions)), data=data)
     model = build()
+    patches = None if kept is None else torch.stack([torch.randperm(49)[:kept] for _ in range(IMAGES)])
     with FlopCounterMode(display=False) as counter:
-        loss_of(model(**inputs(with_regions)), with_regions).backward()
+        loss_of(model(**inputs(with_regions), kept=patches), with_regions).backward()
     found = estimate.estimate(run, gpus=1)
     assert found.flops == pytest.approx(counter.get_total_flops(), rel=tolerance)
     assert found.flops < 1.02 * counter.get_total_flops()  # the first layer needs no gradient of the pixels

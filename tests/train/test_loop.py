@@ -80,11 +80,15 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(("optimizer", "patch_dropout"), [("adamw", 0.0), ("muon", 0.5)])
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    optimizer: Any, config: MakeConfig, tmp_path: Path
+    optimizer: Any, patch_dropout: float, config: MakeConfig, tmp_path: Path
 ) -> None:
-    changes = {"keep_checkpoints": 3, "optim": OptimConfig(name=optimizer, lr=1e-3, warmup_steps=2)}
+    changes = {
+        "keep_checkpoints": 3,
+        "optim": OptimConfig(name=optimizer, lr=1e-3, warmup_steps=2),
+        "data": DataConfig(train=("scenes:easy",), num_workers=0, patch_dropout=patch_dropout),
+    }
     whole = train(config(tmp_path / "whole", **changes))
     # the same run cut off after step 2: as if killed before it could write anything newer
     cut = tmp_path / "cut"
@@ -138,14 +142,19 @@ def test_interrupt_saves_a_checkpoint_and_says_how_to_go_on(config: MakeConfig, 
 
 @pytest.mark.parametrize("region_weight", [0.0, 1.0])
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 4])
+@pytest.mark.parametrize("keep_patches", [None, (5, 16)])
 def test_micro_batches_give_the_gradients_of_the_whole_batch(
-    config: MakeConfig, tmp_path: Path, micro_batch_size: int, region_weight: float
+    config: MakeConfig,
+    tmp_path: Path,
+    keep_patches: tuple[int, int] | None,
+    micro_batch_size: int,
+    region_weight: float,
 ) -> None:
     run = config(tmp_path, data=DataConfig(train=("scenes:rich?min_objects=1&missing_region=0.4",), num_workers=0))
     source = open_source(run.data.train[0], image_px=32)
     model, processor = build_model(run)
     model.double()
-    examples = TrainingExamples([source], (), num_regions=3, image_size=32, seed=0)
+    examples = TrainingExamples([source], (), num_regions=3, image_size=32, seed=0, keep_patches=keep_patches)
     (batch,) = training_batches(examples, processor, batch_size=6, start=0, stop=1, num_workers=0)
     batch = replace(batch, pixels=batch.pixels.double(), boxes=batch.boxes.double(), skipped=Counter())
     loss = LossConfig(region_weight=region_weight)
@@ -298,6 +307,7 @@ def test_presets_survive_json(name: str) -> None:
         ('{"steps": "3"}', "steps"),
         ('{"steps": 0}', "steps must be >= 1, got 0"),
         ('{"model": {"image_size": 30, "patch_size": 8}}', "multiple of model.patch_size"),
+        ('{"data": {"patch_dropout": 1.0}}', "data.patch_dropout must be in [0, 1), got 1.0"),
         ('{"optim": {"name": "muon"}, "sharding": "fsdp"}', "optim.name must be adamw where sharding is fsdp"),
         ("{", "run.json"),
     ],

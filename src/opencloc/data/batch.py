@@ -5,7 +5,7 @@ Owns collation, which goes in two steps: `collate` (in a worker) makes a part of
 samples, and how they are made ready, is `loader.py`'s.
 
 Symbols: B images, M regions per image, U distinct region texts, T tokens of a caption, W of a region text, S side of
-the square.
+the square, K patches kept of an image.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Example:
     boxes: np.ndarray  # (M, 4) in the square
     texts: list[str]  # at most M
     skipped: list[str]  # reasons of the samples that had to be replaced by this one
+    kept: list[int] | None = None  # numbers of the K patches that training looks at; None: all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,7 @@ class Part:
     text_index: Int[Tensor, "B M"]
     text_hash: Int[Tensor, "B M"]
     skipped: Counter[str]
+    kept: Int[Tensor, "B K"] | None = None
 
     def pin_memory(self) -> Part:
         """The part in page-locked memory (the loader calls this by name)."""
@@ -65,6 +67,7 @@ class Batch:
     text_index: Int[Tensor, "B M"]  # row of text_ids; 0 where not valid
     text_hash: Int[Tensor, "B M"]  # identity of the text across batches and processes
     skipped: Counter[str] = field(default_factory=Counter)  # samples that could not be used, by reason
+    kept: Int[Tensor, "B K"] | None = None  # numbers of the patches that are looked at; None: all
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on `device`."""
@@ -86,6 +89,7 @@ class Batch:
                     text_ids=self.text_ids[used],
                     text_index=index,
                     text_hash=self.text_hash[rows],
+                    kept=None if self.kept is None else self.kept[rows],
                 )
             )
         return pieces
@@ -117,6 +121,7 @@ def collate(examples: Sequence[Example], processor: ClocProcessor) -> Part:
         text_index=torch.from_numpy(index),
         text_hash=torch.from_numpy(hashes),
         skipped=Counter(reason for example in examples for reason in example.skipped),
+        kept=torch.tensor([example.kept for example in examples]) if examples[0].kept is not None else None,
     )
 
 
@@ -125,7 +130,8 @@ def join(parts: Sequence[Part], processor: ClocProcessor, device: torch.device) 
     pad_id = processor.tokenizer.pad_token_id
     text_ids, text_index = _merge_texts(parts, pad_id)
     squares = torch.cat([part.squares.to(device, non_blocking=True) for part in parts])
-    whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("boxes", "valid", "text_hash")}
+    names = ["boxes", "valid", "text_hash", *(["kept"] if parts[0].kept is not None else [])]
+    whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
     return Batch(
         pixels=processor.normalize(squares),
         caption_ids=_stack([part.caption_ids for part in parts], pad_id).to(device),

@@ -40,7 +40,8 @@ _PARTS_AHEAD = 32  # made in advance by all workers together (a waiting part is 
 class TrainingExamples(Dataset[Example]):
     """Position -> example.  Draws sources by their shares, permutes finite ones per epoch, replaces bad samples.
 
-    `lanes`: of tars, as many stretches of an epoch are read at once.
+    `lanes`: of tars, as many stretches of an epoch are read at once.  `keep_patches`: (K, N) keeps a random K of each
+    image's N patches; None keeps all.
     """
 
     def __init__(
@@ -52,9 +53,10 @@ class TrainingExamples(Dataset[Example]):
         image_size: int,
         seed: int,
         lanes: int = 16,
+        keep_patches: tuple[int, int] | None = None,
     ) -> None:
         self.sources, self.num_regions, self.image_size, self.seed = sources, num_regions, image_size, seed
-        self.lanes = lanes
+        self.lanes, self.keep_patches = lanes, keep_patches
         self._whole = np.tile(np.array([0, 0, 1, 1], dtype=np.float32), (num_regions, 1))  # where there are no regions
         self.shares = np.asarray(weights or [1.0] * len(sources))
         self.shares = self.shares / self.shares.sum()
@@ -146,12 +148,17 @@ class TrainingExamples(Dataset[Example]):
         if chosen:
             letterbox = Letterbox(width_px=sample.image.width, height_px=sample.image.height)
             boxes[: len(chosen)] = letterbox.to_square(sample.boxes[chosen])
+        kept = None
+        if self.keep_patches is not None:
+            count, num_patches = self.keep_patches
+            kept = sorted(rng.sample(range(num_patches), count))
         return Example(
             square=letterbox_array(sample.image, self.image_size),
             caption=caption,
             boxes=boxes,
             texts=[sample.texts[i] for i in chosen],
             skipped=skipped,
+            kept=kept,
         )
 
 

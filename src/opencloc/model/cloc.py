@@ -8,13 +8,14 @@ This file owns the model and its configuration; losses are in `opencloc.loss`, i
 `opencloc.model.processor`.  Boxes are normalised to the letterboxed square that the model sees.
 
 Symbols: B images, M regions (or P prompts) per image, U distinct region texts, N patches, T tokens of a caption, W of
-a region text, D width of the vision tower, E width of the joint embedding, S side of the square in pixels.
+a region text, D width of the vision tower, E width of the joint embedding, S side of the square in pixels, K patches
+kept in training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, no_type_check, overload
 
@@ -281,13 +282,15 @@ class ClocModel(PreTrainedModel):
         boxes: Float[Tensor, "B M 4"] | None = None,
         text_ids: Int[Tensor, "U W"] | PackedTexts | None = None,
         text_index: Int[Tensor, "B M"] | None = None,
+        kept: Int[Tensor, "B K"] | None = None,
     ) -> ClocOutput:
         """Everything the losses need, from one pass of each tower.
 
         Distinct region texts are encoded once: `text_ids` holds them, `text_index` says which of them each region has.
-        Without boxes only the image-text part is computed (the CLIP baseline).
+        Without boxes only the image-text part is computed (the CLIP baseline).  `kept`: of each image, the numbers of
+        the patches that are looked at (FLIP, Li et al. 2023); None: all.  Raises ValueError if the Prompter needs all.
         """
-        features = self.encode_image(pixels)
+        pooled, tokens = towers.vision_forward(self.clip, pixels, kept)
         if isinstance(caption_ids, PackedTexts) and isinstance(text_ids, PackedTexts) and boxes is not None:
             embeddings = self.encode_text(join(caption_ids, text_ids))  # all in one pass of the tower
             caption, texts = embeddings.split([len(caption_ids), len(text_ids)])
@@ -295,7 +298,7 @@ class ClocModel(PreTrainedModel):
             caption = self.encode_text(caption_ids)
             texts = None if boxes is None or text_ids is None else self.encode_text(text_ids)
         output: dict[str, Tensor] = {
-            "image": features.embedding,
+            "image": _normalize(pooled),
             "caption": caption,
             "logit_scale": self.clip.logit_scale.reshape(()).exp().clamp_max(MAX_LOGIT_SCALE),
         }
@@ -307,13 +310,12 @@ class ClocModel(PreTrainedModel):
             prompts = self.prompt_encoder.boxes(boxes)
             if self.box_head is not None:  # box and text prompts share one pass, and with it the keys and values
                 prompts = concatenate([prompts, self.prompt_encoder.texts(region_text)], dim=1)
-            prompted = self.prompter(features.tokens, prompts)
+            prompted = self.prompter(tokens, prompts if kept is None else prompts.over(kept), kept)
             output["region"] = _normalize(prompted.embedding[:, :num_regions])
             output["region_text"] = region_text
             output["region_logit_scale"] = self.region_logit_scale.exp().clamp_max(MAX_LOGIT_SCALE)
             if self.box_head is not None:
-                by_text = type(prompted)(embedding=prompted.embedding[:, num_regions:], memory=prompted.memory)
-                output["ground_boxes"] = self.box_head(by_text)
+                output["ground_boxes"] = self.box_head(replace(prompted, embedding=prompted.embedding[:, num_regions:]))
         return ClocOutput(**output)
 
 

@@ -1,6 +1,7 @@
 """The Prompter: prompts and image tokens -> region embeddings (paper section 3.2), and the box heads (section 3.4).
 
-Three forms behind one interface `prompter(tokens, prompts) -> PrompterOutput`:
+Three forms behind one interface `prompter(tokens, prompts, kept) -> PrompterOutput`; `kept` says which patches the
+tokens are of, None that all are there:
 
 * `CrossPrompter` (default): the prompt tokens are the only queries, keys and values come from the image tokens.
   Differs from the paper, which runs a whole encoder layer per prompt: here the cost per prompt does not grow with
@@ -20,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,6 +37,7 @@ class PrompterOutput:
 
     embedding: Float[Tensor, "B P E"]
     memory: Float[Tensor, "B N D"]
+    kept: Int[Tensor, "B N"] | None = None  # the patches they are of; None: all
 
 
 class Mlp(nn.Sequential):
@@ -53,12 +55,14 @@ class Memory(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.width, self.grid, self.shared_positions = width, grid, shared_positions
 
-    def forward(self, tokens: Float[Tensor, "B N D"]) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N D"]]:
+    def forward(
+        self, tokens: Float[Tensor, "B N D"], kept: Int[Tensor, "B N"] | None = None
+    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N D"]]:
         content = self.norm(tokens)
         if not self.shared_positions:
             return content, content
-        basis = sinusoidal(patch_centres(self.grid, tokens.device), self.width, max(self.grid) / 2)
-        return content, content + basis.to(content.dtype)
+        basis = sinusoidal(patch_centres(self.grid, tokens.device), self.width, max(self.grid) / 2).to(content.dtype)
+        return content, content + (basis if kept is None else basis[kept])
 
 
 class CrossPrompter(nn.Module):
@@ -91,12 +95,14 @@ class CrossPrompter(nn.Module):
         self.norm_out = nn.LayerNorm(width)
         self.projection = nn.Linear(width, embed_dim, bias=False)
 
-    def forward(self, tokens: Float[Tensor, "B N D"], prompts: PromptBatch) -> PrompterOutput:
-        content, memory = self.memory(tokens)
+    def forward(
+        self, tokens: Float[Tensor, "B N D"], prompts: PromptBatch, kept: Int[Tensor, "B N"] | None = None
+    ) -> PrompterOutput:
+        content, memory = self.memory(tokens, kept)
         attention = self._attention(memory, prompts)
         x = self.out(self._values(attention, content))
         x = x + self.mlp(self.norm_mlp(x))
-        return PrompterOutput(embedding=self.projection(self.norm_out(x)), memory=memory)
+        return PrompterOutput(embedding=self.projection(self.norm_out(x)), memory=memory, kept=kept)
 
     def _attention(self, memory: Float[Tensor, "B N D"], prompts: PromptBatch) -> Float[Tensor, "B H P N"]:
         """Where each prompt looks: the mean over its tokens, since all that follows is linear up to the pooling."""
@@ -140,14 +146,16 @@ class EncoderPrompter(nn.Module):
         self.norm_out = nn.LayerNorm(width)
         self.projection = nn.Linear(width, embed_dim, bias=False)
 
-    def forward(self, tokens: Float[Tensor, "B N D"], prompts: PromptBatch) -> PrompterOutput:
+    def forward(
+        self, tokens: Float[Tensor, "B N D"], prompts: PromptBatch, kept: Int[Tensor, "B N"] | None = None
+    ) -> PrompterOutput:
         """What a whole encoder layer per prompt gives, with the work that prompts share done once per image.
 
         Image tokens have the same queries, keys and values whatever the prompt, and the same attention to each other
         up to the normaliser; the output projection goes before the sum over the prompt's own few keys, and the second
         linear map of the MLP behind the mean.  Left per prompt and token is the first half of the MLP.
         """
-        _, memory = self.memory(tokens)
+        _, memory = self.memory(tokens, kept)
         valid = prompts.valid[:, :, None]  # (B, P, 1, K)
         own = prompts.tokens.to(memory.dtype)
         image_q, image_k, image_v = self.attention_in(self.norm_attention(memory)).chunk(3, dim=-1)
@@ -172,7 +180,7 @@ class EncoderPrompter(nn.Module):
         valid = torch.cat([prompts.valid, prompts.valid.new_ones(image.shape[:3])], 2)
         hidden = self.mlp[1](self.mlp[0](self.norm_mlp(x)))
         pooled = masked_mean(x, valid) + self.mlp[2](masked_mean(hidden, valid))
-        return PrompterOutput(embedding=self.projection(self.norm_out(pooled)), memory=memory)
+        return PrompterOutput(embedding=self.projection(self.norm_out(pooled)), memory=memory, kept=kept)
 
 
 class RoiPrompter(nn.Module):
@@ -187,7 +195,11 @@ class RoiPrompter(nn.Module):
         self.norm_out = nn.LayerNorm(width)
         self.projection = nn.Linear(width, embed_dim, bias=False)
 
-    def forward(self, tokens: Float[Tensor, "B N D"], prompts: PromptBatch) -> PrompterOutput:
+    def forward(
+        self, tokens: Float[Tensor, "B N D"], prompts: PromptBatch, kept: Int[Tensor, "B N"] | None = None
+    ) -> PrompterOutput:
+        if kept is not None:
+            raise ValueError("the roi Prompter needs the whole grid of patches: data.patch_dropout must be 0")
         memory, _ = self.memory(tokens)
         feature_map = memory.transpose(1, 2).unflatten(-1, self.grid)
         x = roi_align(feature_map, prompts.boxes, self.roi_size).mean((-1, -2))
@@ -233,7 +245,8 @@ class AnchoredBoxHead(nn.Module):
         attention = (scores.float() * query.shape[-1] ** -0.5).softmax(-1)  # (B, P, N)
         attended = self.value(attention.to(output.memory.dtype) @ output.memory)
         offset, size = self.mlp(torch.cat([z, attended], -1)).float().chunk(2, dim=-1)
-        centre = attention @ patch_centres(self.grid, attention.device) + OFFSET_SCALE * offset
+        centres = patch_centres(self.grid, attention.device)
+        centre = attention @ (centres if output.kept is None else centres[output.kept]) + OFFSET_SCALE * offset
         half = (size - 1).sigmoid() / 2  # a quarter of the side at the start
         return torch.cat([centre - half, centre + half], -1)
 

@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 MIN_CYCLES = 0.25  # lowest frequency of the position basis, in cycles per image
@@ -72,6 +72,11 @@ class PromptBatch:
     penalty: Float[Tensor, "B P K N"]
     valid: Bool[Tensor, "B P K"]  # False where a token is padding
     boxes: Float[Tensor, "B P 4"]  # extent of the prompt; the whole square for a text
+
+    def over(self, kept: Int[Tensor, "B N_kept"]) -> PromptBatch:
+        """The same prompts where of each image only the patches `kept` are there."""
+        where = kept[:, None, None].expand(*self.penalty.shape[:3], -1)
+        return replace(self, penalty=self.penalty.gather(-1, where))
 
 
 def sinusoidal(xy: Float[Tensor, "*S 2"], dim: int, max_cycles: float) -> Float[Tensor, "*S D"]:

@@ -4,7 +4,7 @@ The towers are transformers' own classes, untouched, so that every checkpoint of
 again.  This file owns the few lines in which the three families differ; nothing else in the project names a family.
 
 Symbols: B images, U texts, N patches, T text tokens, D width of the vision tower, E width of the joint embedding,
-S side of the square image in pixels.
+S side of the square image in pixels, K patches kept of the N.
 """
 
 from __future__ import annotations
@@ -55,9 +55,30 @@ def pads_to_max_length(config: Any) -> bool:
 
 
 def vision_forward(
-    towers: Any, pixels: Float[Tensor, "B 3 S S"]
+    towers: Any, pixels: Float[Tensor, "B 3 S S"], kept: Int[Tensor, "B K"] | None = None
 ) -> tuple[Float[Tensor, "B E"], Float[Tensor, "B N D"]]:
-    """(pooled and projected embedding, not normalised; patch tokens before pooling and projection)."""
+    """(pooled and projected embedding, not normalised; patch tokens before pooling and projection).
+
+    `kept`: of each image, the patches that go through the layers; the tokens are then theirs alone, (B, K, D).
+    """
+    if kept is None:
+        return _vision_forward(towers, pixels, None)
+    _, before = position_table(towers)
+
+    def keep(_module: torch.nn.Module, _inputs: Any, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B J D"]:
+        patches = x[:, before:].gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
+        return torch.cat([x[:, :before], patches], 1)
+
+    hook = towers.vision_model.embeddings.register_forward_hook(keep)
+    try:
+        return _vision_forward(towers, pixels, kept)
+    finally:
+        hook.remove()
+
+
+def _vision_forward(
+    towers: Any, pixels: Float[Tensor, "B 3 S S"], kept: Int[Tensor, "B K"] | None
+) -> tuple[Float[Tensor, "B E"], Float[Tensor, "B N D"]]:
     if towers.config.model_type == "clip":
         out = towers.vision_model(pixel_values=pixels)
         return towers.visual_projection(out.pooler_output), out.last_hidden_state[:, 1:]
@@ -67,7 +88,7 @@ def vision_forward(
     rows, columns = patch_grid(towers.config)
     patches = patchify(pixels, towers.config.vision_config.patch_size)
     shapes = torch.tensor([[rows, columns]] * len(pixels))
-    mask = torch.ones(patches.shape[:2], dtype=torch.int32, device=pixels.device)
+    mask = torch.ones((patches if kept is None else kept).shape[:2], dtype=torch.int32, device=pixels.device)
     out = towers.vision_model(pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes)
     return out.pooler_output, out.last_hidden_state
 

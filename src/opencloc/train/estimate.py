@@ -107,7 +107,8 @@ def forward_flops(config: TrainConfig) -> float:
     patches = (model.image_size // model.patch_size) ** 2
     d, w = model.vision_width, model.text_width
     embed = 2 * patches * 3 * model.patch_size**2 * d
-    vision = embed + model.vision_layers * layer_flops(patches + 1, d) + 2 * d * model.embed_dim
+    layers = model.vision_layers * layer_flops(config.data.kept_patches(patches) + 1, d)
+    vision = embed + layers + 2 * d * model.embed_dim
     texts = [CAPTION_TOKENS] + [REGION_TEXT_TOKENS] * _num_regions(config)
     text = sum(model.text_layers * layer_flops(tokens, w) + 2 * w * model.embed_dim for tokens in texts)
     return vision + text
@@ -133,9 +134,10 @@ def image_memory(config: TrainConfig, precision: str) -> float:
     """Bytes of activations that one image and its texts leave for the backward pass."""
     model = config.model
     patches = (model.image_size // model.patch_size) ** 2
+    image_tokens = config.data.kept_patches(patches) + 1
     text_tokens = CAPTION_TOKENS + REGION_TEXT_TOKENS * _num_regions(config)
     total = 0.0
-    towers = (model.vision_width, model.vision_layers, patches + 1), (model.text_width, model.text_layers, text_tokens)
+    towers = (model.vision_width, model.vision_layers, image_tokens), (model.text_width, model.text_layers, text_tokens)
     for width, layers, tokens in towers:
         kept = KEPT[precision]
         per_layer = 4 * layers + kept if config.activation_checkpointing else kept * layers

@@ -90,6 +90,7 @@ def run(config: TrainConfig, ranks: Ranks, device: torch.device) -> Path:
     model.to(device)  # pyright: ignore[reportArgumentType]
     parallel = spread(model, ranks, config.sharding)  # computes; `model` holds the parameters
     sources = [open_source(spec, image_px=processor.image_size) for spec in config.data.train]
+    num_patches = model.grid[0] * model.grid[1]
     examples = TrainingExamples(
         sources,
         config.data.weights,
@@ -97,6 +98,7 @@ def run(config: TrainConfig, ranks: Ranks, device: torch.device) -> Path:
         image_size=processor.image_size,
         seed=config.seed,
         lanes=config.data.lanes,
+        keep_patches=(config.data.kept_patches(num_patches), num_patches) if config.data.patch_dropout else None,
     )
     optimizer = make_optimizer(model, config.optim)
     step, skipped = 0, Counter[str]()  # every rank counts what it skips; a checkpoint holds the sum
@@ -202,8 +204,8 @@ def forward(model: nn.Module, batch: Batch, config: LossConfig, bf16: bool = Fal
     # a context for every pass: casts that autocast keeps from a pass without a graph would have none in the next
     with torch.autocast(batch.pixels.device.type, torch.bfloat16, enabled=bf16):
         if config.region_weight == 0:
-            return model(batch.pixels, batch.caption_ids)
-        return model(batch.pixels, batch.caption_ids, batch.boxes, batch.text_ids, batch.text_index)
+            return model(batch.pixels, batch.caption_ids, kept=batch.kept)
+        return model(batch.pixels, batch.caption_ids, batch.boxes, batch.text_ids, batch.text_index, batch.kept)
 
 
 def fields(output: ClocOutput) -> dict[str, Tensor]:

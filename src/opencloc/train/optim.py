@@ -87,9 +87,10 @@ def orthogonalize(matrix: Float[Tensor, "R C"]) -> Float[Tensor, "R C"]:
         return orthogonalize(matrix.T.contiguous()).T
     x = matrix / (torch.linalg.matrix_norm(matrix) + 1e-7)
     gram, product = x @ x.T, None
-    for _ in range(5):
+    for left in reversed(range(5)):
         factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         factor.diagonal().add_(3.4445)
-        gram = factor @ gram @ factor
         product = factor if product is None else product @ factor
+        if left:
+            gram = factor @ gram @ factor
     return product @ x
