@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job on real photos: pre-train `small` on mosaics of Caltech-101 photos and on coco740, once as CLIP and once
 # as CLOC (same data, steps and seed, one core each, at the same time), then score both on photos never trained on.
-# Some 65 minutes on two AVX2 cores.  Run again to resume.  Extra arguments go to both trainings.
+# An hour on two AVX2 cores.  Run again to resume.  Extra arguments go to both trainings.
 #   OPENCLOC_DATA  folder with caltech101/ and coco740/   OUT  folder of the runs
 set -euo pipefail
 cd "$(dirname "$0")/.."
