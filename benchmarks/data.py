@@ -41,9 +41,9 @@ import PIL
 import torch
 from PIL import Image
 
-from opencloc.data.coco import Coco, CocoConfig
-from opencloc.data.loader import TrainingExamples, training_batches
-from opencloc.data.shards import Shards, ShardsConfig, ShardWriter
+from opencloc.data.sources.coco import Coco, CocoConfig
+from opencloc.data.stream import TrainingExamples, training_batches
+from opencloc.data.tars.shards import Shards, ShardsConfig, ShardWriter
 from opencloc.model.processor import ClocProcessor, train_tokenizer
 
 SIDE = 224
@@ -193,7 +193,7 @@ def batches(source: Shards, processor: ClocProcessor, number: int) -> tuple[int,
     made = training_batches(
         fresh(source), processor, batch_size=BATCH, start=first, stop=first + per_epoch, num_workers=0
     )
-    images = sum(len(batch.pixels) for batch in made)
+    images = sum(len(batch.pixel_values) for batch in made)
     return images, time.process_time() - start
 
 

@@ -31,14 +31,14 @@ from rich.console import Console
 from transformers import CLIPTokenizer, Owlv2Config, Owlv2ForObjectDetection
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 
-from opencloc.data.coco import Coco, CocoConfig
-from opencloc.data.shards import ShardWriter, iter_shard
 from opencloc.data.sidecar import read_sidecar, write_sidecar
+from opencloc.data.sources.coco import Coco, CocoConfig
+from opencloc.data.tars.shards import ShardWriter, iter_shard
 from opencloc.train.loop import has_native_bf16
+from opencloc.vesl.config import LabelConfig
 from opencloc.vesl.detect import Detections
 from opencloc.vesl.filters import FilterConfig, filter_detections
 from opencloc.vesl.label import find_shards, label_shard, load_engine, versions
-from opencloc.vesl.label_config import LabelConfig
 from opencloc.vesl.owl import OwlDetector, TextCache
 from opencloc.vesl.phrases import extract_phrases, ngram_phrases
 from opencloc.vesl.run import RunConfig, run_label

@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from opencloc import files
 from opencloc.boxes import pairwise_iou
-from opencloc.data import files
-from opencloc.data.coco import Coco
 from opencloc.data.sidecar import read_labels, sidecar_path, stats_path
-from opencloc.data.source import open_source
+from opencloc.data.sources.coco import Coco
+from opencloc.data.sources.spec import open_source
 from opencloc.vesl.phrases import extract_phrases
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for examples/

@@ -68,7 +68,7 @@ def main() -> None:
     torch.manual_seed(0)
     batch = torch.load(batch_file, weights_only=True)
     device = torch.device(batch["device"])
-    pixels, texts = batch["pixels"].to(device), batch["texts"].to(device)
+    pixels, texts = batch["pixel_values"].to(device), batch["texts"].to(device)
     model = open_clip.create_model("ViT-B-16").to(device).train()
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]

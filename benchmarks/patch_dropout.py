@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/patch_dropout.py --data ../shared/data > results/tuning/patch-dropout-step.txt
 
-Owns results/tuning/patch-dropout-step.txt.  Photos, texts and optimizer as in recipes/photos.sh, on the CPU; batches are
-made beforehand.
+Owns results/tuning/patch-dropout-step.txt.  Photos, texts and optimizer as in recipes/photos.sh, on the CPU; batches
+are made beforehand.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 
 from opencloc.config import TrainConfig
 from opencloc.data.batch import Batch
-from opencloc.data.loader import TrainingExamples, training_batches
-from opencloc.data.source import open_source
+from opencloc.data.sources.spec import open_source
+from opencloc.data.stream import TrainingExamples, training_batches
 from opencloc.presets import small
 from opencloc.train.build import build_model
 from opencloc.train.loop import backward

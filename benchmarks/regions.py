@@ -29,7 +29,7 @@ from step import hardware
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from opencloc.data.source import open_source
+from opencloc.data.sources.spec import open_source
 from opencloc.model.cloc import ClocConfig, ClocModel
 from opencloc.model.processor import ClocProcessor, train_tokenizer
 from opencloc.train.loop import has_native_bf16

@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import Any
 
 from opencloc.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, to_json
-from opencloc.data.scenes import SceneConfig, Scenes
-from opencloc.data.shards import ShardWriter, index_shard
+from opencloc.data.scenes.scenes import SceneConfig, Scenes
+from opencloc.data.tars.shards import ShardWriter, index_shard
 
 TARS, SCENES_PER_TAR = 12, 100
 CHECKPOINTS_PER_KILL = 4

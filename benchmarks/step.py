@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from opencloc.model.cloc import ClocModel
-from opencloc.model.texts import PackedTexts
+from opencloc.model.packing import PackedTexts
 from opencloc.train.loop import has_native_bf16
 
 Timer = Callable[[], dict[str, float]]  # runs once: busy and wall seconds
@@ -83,8 +83,8 @@ def main() -> None:
         (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
 
     large, _ = make_inputs(args.data, args.flops_batch_size, args.num_regions, torch.device("cpu"))
-    found("tokens", {str(len(i.pixels)): i.tokens for i in (inputs, large)})
-    found("gflop_per_image", {str(len(i.pixels)): count_flops(models, i) for i in (inputs, large)})
+    found("tokens", {str(len(i.pixel_values)): i.tokens for i in (inputs, large)})
+    found("gflop_per_image", {str(len(i.pixel_values)): count_flops(models, i) for i in (inputs, large)})
     parts = timers(make_parts(models["cross"], optimizer, inputs, bf16), device)
     part_times = take_turns(parts, list(parts), args.rounds, 0)
     found("part_seconds", part_times)
@@ -132,7 +132,7 @@ def count_flops(models: dict[str, ClocModel], inputs: Inputs) -> dict[str, float
         for name, (forward, _) in make_variants(models, Inputs(**fake))[0].items():
             with FlopCounterMode(display=False) as counter:
                 forward().backward()
-            found[name] = counter.get_total_flops() / len(inputs.pixels) / 1e9
+            found[name] = counter.get_total_flops() / len(inputs.pixel_values) / 1e9
     return found
 
 
@@ -141,9 +141,9 @@ def open_clip_worker(python: str, inputs: Inputs, threads: int, bf16: bool) -> I
     """(runs one step of open_clip in its own process, versions there)."""
     with tempfile.TemporaryDirectory() as folder:
         batch = {
-            "pixels": inputs.pixels.cpu(),
+            "pixel_values": inputs.pixel_values.cpu(),
             "texts": inputs.captions["77"].cpu(),
-            "device": str(inputs.pixels.device),
+            "device": str(inputs.pixel_values.device),
         }
         torch.save(batch, f"{folder}/batch.pt")
         command = [python, str(Path(__file__).with_name("open_clip_step.py")), f"{folder}/batch.pt", str(threads)]

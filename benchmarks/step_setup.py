@@ -19,13 +19,13 @@ from transformers import CLIPConfig, CLIPModel
 
 from opencloc.boxes import Letterbox
 from opencloc.config import LossConfig, ModelConfig, OptimConfig
-from opencloc.data.source import open_source
+from opencloc.data.sources.spec import open_source
 from opencloc.loss import cloc_loss
 from opencloc.model.cloc import ClocConfig, ClocModel, ClocOutput, ImageFeatures
+from opencloc.model.packing import PackedTexts, join
 from opencloc.model.processor import ClocProcessor, train_tokenizer
 from opencloc.model.prompter import EncoderPrompter, PrompterOutput, masked_mean
 from opencloc.model.prompts import PromptBatch
-from opencloc.model.texts import PackedTexts, join
 from opencloc.train.build import tower_config
 from opencloc.train.optim import make_optimizer
 from opencloc.vesl.phrases import extract_phrases
@@ -39,7 +39,7 @@ Loss = tuple[Callable[[], Tensor], nn.Module]  # (computes the loss of a batch, 
 class Inputs:
     """One batch in every form that a variant needs."""
 
-    pixels: Tensor  # (B, 3, S, S)
+    pixel_values: Tensor  # (B, 3, S, S)
     boxes: Tensor  # (B, M, 4)
     valid: Tensor  # (B, M)
     text_index: Tensor  # (B, M), into the distinct texts, and the texts' identity for the conflict filter
@@ -78,7 +78,7 @@ def make_inputs(data: Path, batch_size: int, num_regions: int, device: torch.dev
     if len(images) < batch_size:
         raise SystemExit(f"only {len(images)} photos have boxes and {num_regions} phrases; lower --batch-size")
     distinct = list(dict.fromkeys(texts))
-    forms: dict[str, Any] = {"pixels": processor.letterbox(images)[0]}
+    forms: dict[str, Any] = {"pixel_values": processor.letterbox(images)[0]}
     tokens = {}
     for name, strings in (("captions", chosen_captions), ("texts", distinct), ("all_texts", texts)):
         longest = processor.tokenize(strings)
@@ -94,7 +94,7 @@ def make_inputs(data: Path, batch_size: int, num_regions: int, device: torch.dev
         forms[name] = {"77": full.to(device), "longest": longest.to(device), "packed": packed.to(device)}
     shape = (batch_size, num_regions)
     return Inputs(
-        pixels=forms["pixels"].to(device),
+        pixel_values=forms["pixel_values"].to(device),
         boxes=torch.from_numpy(np.stack(boxes)).float().to(device),
         valid=torch.ones(shape, dtype=torch.bool, device=device),
         text_index=torch.tensor([distinct.index(text) for text in texts]).reshape(shape).to(device),
@@ -146,7 +146,7 @@ def make_variants(models: dict[str, ClocModel], inputs: Inputs) -> tuple[dict[st
         model = models["cross"]
 
         def forward() -> Tensor:
-            output = model(inputs.pixels, inputs.captions[captions])
+            output = model(inputs.pixel_values, inputs.captions[captions])
             return cloc_loss(output, inputs.boxes, inputs.valid, inputs.text_index, loss_config).total
 
         return forward, model
@@ -154,18 +154,18 @@ def make_variants(models: dict[str, ClocModel], inputs: Inputs) -> tuple[dict[st
     def cloc(prompter: str, captions: str = "packed", texts: str = "packed", distinct: bool = True) -> Loss:
         model = models[prompter]
         index = inputs.text_index if distinct else torch.arange(inputs.boxes.shape[0] * inputs.boxes.shape[1])
-        index = index.reshape(inputs.text_index.shape).to(inputs.pixels.device)
+        index = index.reshape(inputs.text_index.shape).to(inputs.pixel_values.device)
         ids = (inputs.texts if distinct else inputs.all_texts)[texts]
 
         def forward() -> Tensor:
-            output = model(inputs.pixels, inputs.captions[captions], inputs.boxes, ids, index)
+            output = model(inputs.pixel_values, inputs.captions[captions], inputs.boxes, ids, index)
             return cloc_loss(output, inputs.boxes, inputs.valid, inputs.text_index, loss_config).total
 
         return forward, model
 
     def plain() -> Tensor:
         towers: Any = models["cross"].clip
-        return towers(pixel_values=inputs.pixels, input_ids=inputs.captions["77"], return_loss=True).loss
+        return towers(pixel_values=inputs.pixel_values, input_ids=inputs.captions["77"], return_loss=True).loss
 
     variants = {
         "CLIP": clip("packed"),
@@ -204,7 +204,7 @@ def make_parts(model: ClocModel, optimizer: torch.optim.Optimizer, inputs: Input
     """Forward and backward pass of each part of a CLOC step on its own, and clipping with AdamW."""
     loss_config = LossConfig()
     with torch.no_grad():
-        features = model.encode_image(inputs.pixels)
+        features = model.encode_image(inputs.pixel_values)
         together = join(inputs.captions["packed"], inputs.texts["packed"])
         embeddings = model.encode_text(together)
 
@@ -212,14 +212,14 @@ def make_parts(model: ClocModel, optimizer: torch.optim.Optimizer, inputs: Input
         return x.detach().requires_grad_()
 
     def vision() -> Tensor:
-        output = model.encode_image(inputs.pixels)
+        output = model.encode_image(inputs.pixel_values)
         return output.embedding.sum() + output.tokens.sum()
 
     def regions() -> ClocOutput:
         given = ImageFeatures(embedding=features.embedding, tokens=leaf(features.tokens), grid=features.grid)
         with patch.multiple(model, encode_image=lambda _: given, encode_text=lambda _: leaf(embeddings)):
             return model(
-                inputs.pixels, inputs.captions["packed"], inputs.boxes, inputs.texts["packed"], inputs.text_index
+                inputs.pixel_values, inputs.captions["packed"], inputs.boxes, inputs.texts["packed"], inputs.text_index
             )
 
     output = {name: value.detach() for name, value in vars(regions()).items()}
@@ -230,7 +230,7 @@ def make_parts(model: ClocModel, optimizer: torch.optim.Optimizer, inputs: Input
 
     def passes(forward: Callable[[], Tensor]) -> Step:
         def run() -> None:
-            with torch.autocast(inputs.pixels.device.type, torch.bfloat16, enabled=bf16):
+            with torch.autocast(inputs.pixel_values.device.type, torch.bfloat16, enabled=bf16):
                 value = forward()
             value.backward()
 

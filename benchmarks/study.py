@@ -187,8 +187,8 @@ def replaced(config: Any, path: list[str], value: Any) -> Any:
 
 def score(encoder: Any, name: str, num_images: int) -> dict[str, float]:
     """Headline scores on one of `SETS`; the class names are all that its scenes can show, and those of training."""
-    from opencloc.data.scenes import SceneConfig
-    from opencloc.data.source import open_source, take
+    from opencloc.data.scenes.scenes import SceneConfig
+    from opencloc.data.sources.spec import open_source, take
     from opencloc.eval.tasks import evaluate, flat_metrics
 
     source: Any = open_source(f"scenes:rich?{WORLD}&seed=1&{SETS[name]}")

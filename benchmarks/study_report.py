@@ -197,7 +197,7 @@ def draw_curves(lines: Sequence[Line], path: Path) -> None:
 
 def draw_examples(model: Path, path: Path) -> None:
     """Unseen scenes with the name that `cross` gives each box, and the box it finds for each text."""
-    from opencloc.data.source import open_source, take
+    from opencloc.data.sources.spec import open_source, take
     from opencloc.eval.encoders import load_encoder
     from opencloc.eval.tasks import predict
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from opencloc.boxes import Letterbox, box_problem, giou, iou, letterbox_array, pairwise_iou, xywh_px_to_xyxy
+from opencloc.boxes import Letterbox, box_problem, giou, iou, pairwise_iou, xywh_px_to_xyxy
+from opencloc.images import letterbox_array
 
 side = st.integers(1, 4000)
 unit = st.floats(0, 1, width=32)

@@ -13,20 +13,15 @@ the program and are named `*_px`.  Three frames exist:
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 Array = TypeVar("Array", np.ndarray, Tensor)
-
-MEAN_RGB = (0.48145466, 0.4578275, 0.40821073)  # CLIP's pixel mean; the letterbox pads with it (0 once normalised)
-STD_RGB = (0.26862954, 0.26130258, 0.27577711)
 
 
 def box_problem(box: np.ndarray, tolerance: float = 1e-4) -> str | None:
@@ -118,49 +113,3 @@ class Letterbox:
         if isinstance(like, Tensor):
             return like.new_tensor(scale), like.new_tensor(offset)
         return np.asarray(scale, dtype=like.dtype), np.asarray(offset, dtype=like.dtype)
-
-
-def crop(image: Image.Image, box: np.ndarray) -> Image.Image:
-    """The box (4,), normalised to the image, cut out at whole pixels: rounded to the nearest, at least one each way."""
-    left, right = _whole_pixels(float(box[0]), float(box[2]), image.width)
-    top, bottom = _whole_pixels(float(box[1]), float(box[3]), image.height)
-    return image.crop((left, top, right, bottom))
-
-
-def _whole_pixels(low: float, high: float, size_px: int) -> tuple[int, int]:
-    first = min(max(round(low * size_px), 0), size_px - 1)
-    return first, min(max(round(high * size_px), first + 1), size_px)
-
-
-def letterbox_array(image: Image.Image, size_px: int) -> np.ndarray:
-    """The image resized (bicubic, antialiased) into a square (size_px, size_px, 3) of uint8, padded with CLIP's mean.
-
-    The image is placed with sub-pixel accuracy at the very place `Letterbox.to_square` says: the resampled content
-    covers the exact (unrounded) rectangle, bars cover the rest.
-    """
-    image = image if image.mode == "RGB" else image.convert("RGB")  # which copies even what is RGB
-    width, height = image.size
-    if width == height:
-        return np.asarray(image.resize((size_px, size_px), Image.Resampling.BICUBIC))
-    scale = size_px / max(width, height)
-    inner = max(1, round(width * scale)), max(1, round(height * scale))
-    left, top = (size_px - inner[0]) // 2, (size_px - inner[1]) // 2
-    # The source rectangle whose image is the whole-pixel rectangle (left, top, inner): pixel p of the square shows
-    # source coordinate (p - offset) / scale.  It may reach at most half a pixel over the source; it is clipped there.
-    offset_x, offset_y = (size_px - width * scale) / 2, (size_px - height * scale) / 2
-    source = (
-        max(0.0, (left - offset_x) / scale),
-        max(0.0, (top - offset_y) / scale),
-        min(float(width), (left + inner[0] - offset_x) / scale),
-        min(float(height), (top + inner[1] - offset_y) / scale),
-    )
-    square = _bars(size_px).copy()
-    resized = image.resize(inner, Image.Resampling.BICUBIC, box=source)
-    square[top : top + inner[1], left : left + inner[0]] = np.asarray(resized)
-    return square
-
-
-@functools.lru_cache(maxsize=4)
-def _bars(size_px: int) -> np.ndarray:
-    """A square of CLIP's mean colour, (size_px, size_px, 3)."""
-    return np.full((size_px, size_px, 3), [round(255 * c) for c in MEAN_RGB], dtype=np.uint8)

@@ -98,7 +98,7 @@ def _train(arguments: list[str]) -> int | None:
 
 def _eval(arguments: list[str]) -> None:
     """Score encoders side by side: opencloc eval [TASK ...] --data LOCATION --model FOLDER ..."""
-    from opencloc.eval.benchmarks import BENCHMARKS
+    from opencloc.eval.registry import BENCHMARKS
     from opencloc.eval.run import EvalConfig, run_eval
     from opencloc.eval.tasks import TASKS
 
@@ -115,7 +115,7 @@ def _eval(arguments: list[str]) -> None:
 
 def _label(arguments: list[str]) -> int:
     """Make region-text labels for images: caption, phrases, detection (VESL)"""
-    from opencloc.vesl.label_config import LabelConfig
+    from opencloc.vesl.config import LabelConfig
     from opencloc.vesl.run import RunConfig, run_label
 
     parsed = _parse(_group("Label", label=LabelConfig, run=RunConfig), arguments, "label")
@@ -124,7 +124,7 @@ def _label(arguments: list[str]) -> int:
 
 def _data_stats(arguments: list[str]) -> None:
     """Figures of a labelled data set: counts, lengths, histograms, frequent texts"""
-    from opencloc.data.stats import StatsConfig, write_stats
+    from opencloc.data.inspect.stats import StatsConfig, write_stats
 
     config = _parse(StatsConfig, arguments, "data stats")
     write_stats(config)
@@ -133,21 +133,21 @@ def _data_stats(arguments: list[str]) -> None:
 
 def _data_view(arguments: list[str]) -> None:
     """An HTML contact sheet with boxes and texts drawn on the images"""
-    from opencloc.data.view import ViewConfig, write_view
+    from opencloc.data.inspect.view import ViewConfig, write_view
 
     print(write_view(_parse(ViewConfig, arguments, "data view")))
 
 
 def _data_pack(arguments: list[str]) -> None:
     """Write images and their labels as self-contained shards"""
-    from opencloc.data.pack import PackConfig, pack
+    from opencloc.data.inspect.pack import PackConfig, pack
 
     print(pack(_parse(PackConfig, arguments, "data pack")))
 
 
 def _data_scenes(arguments: list[str]) -> None:
     """Write generated scenes as shards"""
-    from opencloc.data.scenes import SceneConfig, write_scenes
+    from opencloc.data.scenes.scenes import SceneConfig, write_scenes
 
     @dataclass(frozen=True, kw_only=True)
     class Out:

@@ -81,16 +81,16 @@ def test_joining_counts_what_was_skipped_in_all_parts(processor: ClocProcessor) 
 def test_pixels_are_normalised_by_the_mean_and_deviation_of_the_processor(processor: ClocProcessor) -> None:
     rows = [example(i, []) for i in range(3)]
     batch = join([collate(rows, processor)], processor, CPU)
-    assert batch.pixels.is_contiguous()
+    assert batch.pixel_values.is_contiguous()
     squares = np.stack([row.square for row in rows])
     expected = (squares / 255 - processor.image_mean) / processor.image_std
-    torch.testing.assert_close(batch.pixels, torch.from_numpy(expected.transpose(0, 3, 1, 2)).float())
+    torch.testing.assert_close(batch.pixel_values, torch.from_numpy(expected.transpose(0, 3, 1, 2)).float())
 
 
 def test_micro_batches_hold_the_same_rows(processor: ClocProcessor) -> None:
     batch = join([collate([example(i, ["dog", "cat"][: i % 3]) for i in range(6)], processor)], processor, CPU)
     pieces = batch.split(2)
-    assert torch.equal(torch.cat([p.pixels for p in pieces]), batch.pixels)
+    assert torch.equal(torch.cat([p.pixel_values for p in pieces]), batch.pixel_values)
     assert torch.equal(torch.cat([p.text_ids[p.text_index] for p in pieces]), batch.text_ids[batch.text_index])
 
 

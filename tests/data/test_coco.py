@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opencloc.data.coco import Coco, CocoConfig
-from opencloc.data.sample import BadSample
 from opencloc.data.sidecar import SidecarRow, sidecar_path, write_sidecar
+from opencloc.data.sources.coco import Coco, CocoConfig
+from opencloc.errors import BadSample
 
 
 def instances() -> dict[str, Any]:

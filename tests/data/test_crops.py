@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opencloc.data.crops import Crops, CropsConfig
-from opencloc.data.sample import BadSample, Sample
-from opencloc.data.scenes import SceneConfig, Scenes
-from opencloc.data.source import open_source
+from opencloc.data.sample import Sample
+from opencloc.data.scenes.scenes import SceneConfig, Scenes
+from opencloc.data.sources.crops import Crops, CropsConfig
+from opencloc.data.sources.spec import open_source
+from opencloc.errors import BadSample
 
 
 class Listed:

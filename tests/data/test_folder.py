@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opencloc.data.folder import FolderConfig, ImageFolder
-from opencloc.data.sample import BadSample
-from opencloc.data.shards import Shards, ShardWriter
 from opencloc.data.sidecar import SidecarRow, sidecar_path, write_sidecar
+from opencloc.data.sources.folder import FolderConfig, ImageFolder
+from opencloc.data.tars.shards import Shards, ShardWriter
+from opencloc.errors import BadSample
 
 
 def write_photos(root: Path, *names: str) -> None:

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from opencloc.data import loader
+from opencloc.data import stream as loader
 from opencloc.data.batch import Batch
-from opencloc.data.loader import (
+from opencloc.data.sample import Sample
+from opencloc.data.stream import (
     BLOCK,
     MIN_DRAWN,
     TrainingExamples,
@@ -27,8 +28,8 @@ from opencloc.data.loader import (
     choose_caption,
     training_batches,
 )
-from opencloc.data.sample import BadSample, Sample
-from opencloc.data.shards import Shards
+from opencloc.data.tars.shards import Shards
+from opencloc.errors import BadSample
 from opencloc.model.processor import ClocProcessor
 
 
@@ -203,7 +204,7 @@ def test_the_rows_of_all_ranks_in_order_are_the_batch_of_one_process(processor: 
     ]
     for k, batch in enumerate(whole):
         parts = [rows[k] for rows in ranks]
-        for name in ("pixels", "boxes", "valid", "text_hash", "kept"):
+        for name in ("pixel_values", "boxes", "valid", "text_hash", "kept"):
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
 
 
@@ -317,7 +318,7 @@ def test_bad_samples_are_replaced_counted_and_disturb_nobody_else(processor: Clo
     numbers = [good.locate(p)[1] for rows in _Rows(20, 4, 0, 1, 0, 1) for p in rows]
     hit = torch.tensor([n in (3, 4) for n in numbers])
     assert b.skipped["broken image"] >= int(hit.sum()) > 0
-    assert torch.equal(a.pixels[~hit], b.pixels[~hit])
+    assert torch.equal(a.pixel_values[~hit], b.pixel_values[~hit])
     assert not a.skipped
 
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from opencloc.boxes import area
-from opencloc.data.mosaic import Mosaic, MosaicConfig, is_test, largest_tile_px, mosaic_caption
-from opencloc.data.sample import BadSample, Sample
-from opencloc.data.shards import Shards
+from opencloc.data.sample import Sample
+from opencloc.data.sources.mosaic import Mosaic, MosaicConfig, is_test, largest_tile_px, mosaic_caption
+from opencloc.data.tars.shards import Shards
+from opencloc.errors import BadSample
 
 
 class Colours:
@@ -157,7 +158,7 @@ def test_photos_without_a_caption_are_counted(tmp_path: Path) -> None:
     for i in range(3):
         Image.new("RGB", (9, 9)).save(tmp_path / f"{i}.png")
     (tmp_path / "1.txt").write_text("dog")
-    from opencloc.data.folder import ImageFolder
+    from opencloc.data.sources.folder import ImageFolder
 
     mosaic = Mosaic(ImageFolder(str(tmp_path)), MosaicConfig(grid="2"))
     assert mosaic[0].texts == ("dog",) * 4

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opencloc.data.order import SHUFFLE, WholeOrder, WindowedOrder, permutation
+from opencloc.data.shuffle import SHUFFLE, WholeOrder, WindowedOrder, permutation
 
 counts = st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(any).map(lambda some: np.array(some))
 lanes = st.integers(1, 9)

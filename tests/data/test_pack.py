@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opencloc.data.pack import PackConfig, pack
+from opencloc.data.inspect.pack import PackConfig, pack
 from opencloc.data.sample import Sample
-from opencloc.data.shards import Shards, ShardsConfig, ShardWriter
 from opencloc.data.sidecar import SidecarRow, sidecar_path, write_sidecar
+from opencloc.data.tars.shards import Shards, ShardsConfig, ShardWriter
 
 BOXES = np.asarray([[0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1]], dtype=np.float32)
 SCORES = np.asarray([0.3, 0.9], dtype=np.float32)

@@ -23,11 +23,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
-from opencloc.data import scenes as scenes_module
-from opencloc.data import sprites, wording
 from opencloc.data.sample import Sample, Source
-from opencloc.data.scenes import SceneConfig, Scenes, held_out_colour, write_scenes
-from opencloc.data.things import CHARACTERS, UNCOUNTED
+from opencloc.data.scenes import scenes as scenes_module
+from opencloc.data.scenes import sentences, sprites
+from opencloc.data.scenes.scenes import SceneConfig, Scenes, held_out_colour, write_scenes
+from opencloc.data.scenes.things import CHARACTERS, UNCOUNTED
 
 NOISE = {"box_jitter": 0.1, "wrong_text": 0.3, "missing_region": 0.2}
 
@@ -72,7 +72,7 @@ def test_a_scene_depends_on_nothing_but_config_and_number(options: dict[str, Any
 
 def test_another_process_makes_the_same_scenes() -> None:
     program = (
-        "from opencloc.data.scenes import *; from hashlib import sha256;"
+        "from opencloc.data.scenes.scenes import *; from hashlib import sha256;"
         "s = Scenes(SceneConfig(attributes=('colour',), wrong_text=0.5, box_jitter=0.1))[7];"
         "print(sha256(repr((s.image.tobytes(), s.captions, s.boxes.tolist(), s.texts)).encode()).hexdigest())"
     )
@@ -237,13 +237,13 @@ def test_an_exact_caption_names_every_object_in_english(options: dict[str, Any],
     ],
 )
 def test_noun_phrases(text: str, countable: bool, phrase: str) -> None:
-    assert wording.noun_phrase(text, countable) == phrase
+    assert sentences.noun_phrase(text, countable) == phrase
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_caption_lists_with_commas_and_one_and(count: int) -> None:
     phrases = ["a dog", "a cat", "a car"][:count]
-    caption = wording.caption(phrases, Random(0))
+    caption = sentences.caption(phrases, Random(0))
     assert all(phrase in caption for phrase in phrases)
     assert caption.count(",") == max(0, count - 2)
     assert caption.count(" and ") == min(1, count - 1)

@@ -22,17 +22,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from opencloc.data.sample import BadSample, Sample
-from opencloc.data.shards import (
-    Shards,
-    ShardsConfig,
-    ShardWriter,
-    decode_image,
-    expand_urls,
-    index_shard,
-    iter_shard,
-)
+from opencloc.data.sample import Sample
 from opencloc.data.sidecar import SidecarRow, sidecar_path, write_sidecar
+from opencloc.data.tars.shards import Shards, ShardsConfig, ShardWriter, expand_urls, index_shard, iter_shard
+from opencloc.errors import BadSample
+from opencloc.images import decode_image
 
 
 def picture(seed: int = 0, width: int = 12, height: int = 7) -> Image.Image:

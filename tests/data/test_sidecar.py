@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opencloc.data.record import Record
-from opencloc.data.sample import BadSample
 from opencloc.data.sidecar import (
     SCHEMA,
     Sidecar,
@@ -26,6 +25,7 @@ from opencloc.data.sidecar import (
     with_labels,
     write_sidecar,
 )
+from opencloc.errors import BadSample
 
 texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(str.strip)
 

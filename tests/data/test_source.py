@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from opencloc.data.coco import Coco
-from opencloc.data.folder import ImageFolder
-from opencloc.data.mosaic import Mosaic, MosaicConfig
-from opencloc.data.sample import BadSample, Sample, Source
-from opencloc.data.scenes import Scenes
-from opencloc.data.shards import Shards, ShardWriter
-from opencloc.data.source import open_source, take
+from opencloc.data.sample import Sample, Source
+from opencloc.data.scenes.scenes import Scenes
+from opencloc.data.sources.coco import Coco
+from opencloc.data.sources.folder import ImageFolder
+from opencloc.data.sources.mosaic import Mosaic, MosaicConfig
+from opencloc.data.sources.spec import open_source, take
+from opencloc.data.tars.shards import Shards, ShardWriter
+from opencloc.errors import BadSample
 
 
 @pytest.fixture

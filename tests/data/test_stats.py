@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from opencloc.data import stats as stats_module
+from opencloc.data.inspect import stats as stats_module
+from opencloc.data.inspect.report import NUM_BINS, Stats, markdown, plot
+from opencloc.data.inspect.stats import StatsConfig, compute_stats, reason_of, write_stats
 from opencloc.data.sample import Sample
-from opencloc.data.shards import ShardWriter
 from opencloc.data.sidecar import SidecarRow, sidecar_path, write_sidecar
-from opencloc.data.stats import StatsConfig, compute_stats, reason_of, write_stats
-from opencloc.data.stats_report import NUM_BINS, Stats, markdown, plot
+from opencloc.data.tars.shards import ShardWriter
 
 TEXTS = ["dog", "red car", "a very long name", "cat | pipe", "<b>$x$</b>", "犬"]
 

@@ -25,13 +25,16 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from opencloc.data import cache, counts, files, loader
-from opencloc.data.cache import Prefetcher, load_index, local_tar
-from opencloc.data.counts import count_samples
-from opencloc.data.loader import TrainingExamples, _Rows, check_skipped
-from opencloc.data.sample import BadSample
-from opencloc.data.shards import Shards, ShardsConfig, index_shard
+from opencloc import files
+from opencloc.data import stream as loader
 from opencloc.data.sidecar import SidecarRow, sidecar_path, write_sidecar
+from opencloc.data.stream import TrainingExamples, _Rows, check_skipped
+from opencloc.data.tars import cache
+from opencloc.data.tars import index as counts
+from opencloc.data.tars.cache import Prefetcher, load_index, local_tar
+from opencloc.data.tars.index import count_samples
+from opencloc.data.tars.shards import Shards, ShardsConfig, index_shard
+from opencloc.errors import BadSample
 
 GB = 1e9
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from opencloc.data.inspect.view import ViewConfig, write_view
 from opencloc.data.sample import Sample
-from opencloc.data.shards import ShardWriter
 from opencloc.data.sidecar import SidecarRow, sidecar_path, write_sidecar
-from opencloc.data.view import ViewConfig, write_view
+from opencloc.data.tars.shards import ShardWriter
 
 EVIL = '<script>alert("x")</script>&"\'>{{ 7 * 7 }}'
 

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import sets_on_disk as disk
 
 from opencloc.cli import main
-from opencloc.eval.benchmarks import BENCHMARKS, open_set
 from opencloc.eval.encoders import EncodedImages
 from opencloc.eval.protocols import Result, Settings, run
+from opencloc.eval.registry import BENCHMARKS, open_set
 from opencloc.eval.report import to_markdown
 from opencloc.model.cloc import ClocConfig, ClocModel
 from opencloc.model.processor import ClocProcessor

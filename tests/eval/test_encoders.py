@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, CLIPImageProcessor
 
-from opencloc.boxes import crop
 from opencloc.eval.encoders import ClocEncoder, CropEncoder, Encoder, RoiEncoder, centre_square, load_encoder
+from opencloc.images import crop
 from opencloc.model.cloc import ClocConfig, ClocModel, ImageFeatures
 from opencloc.model.processor import ClocProcessor
 

@@ -13,8 +13,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import sets_on_disk as disk
 
-from opencloc.data.sample import BadSample
-from opencloc.eval.benchmarks import BENCHMARKS, open_set
+from opencloc.errors import BadSample
+from opencloc.eval.registry import BENCHMARKS, open_set
 from opencloc.eval.sets.imagenet import class_names, clip_templates
 from opencloc.eval.sets.item import Unread, load, read_image
 
@@ -54,7 +54,7 @@ def test_lvis_images_are_found_by_their_url_and_classes_have_frequencies(tmp_pat
 
 
 def test_lvis_is_a_source_for_training_too(tmp_path: Path) -> None:
-    from opencloc.data.coco import Coco, CocoConfig
+    from opencloc.data.sources.coco import Coco, CocoConfig
 
     disk.write_lvis(tmp_path)
     source = Coco("", CocoConfig(instances=f"{tmp_path}/lvis_v1_val.json", images=str(tmp_path)))

@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from opencloc.model.cloc import ClocConfig, ClocModel
+from opencloc.model.packing import pack
 from opencloc.model.processor import ClocProcessor
 from opencloc.model.prompter import CrossPrompter
 from opencloc.model.prompts import Box, Mask, Point, Text
-from opencloc.model.texts import pack
 from opencloc.model.towers import patchify, vision_forward
 
 FAMILIES = ("clip", "siglip", "siglip2")

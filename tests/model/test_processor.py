@@ -65,7 +65,7 @@ def test_saved_processor_loads_equal(tokenizer: PreTrainedTokenizerFast, tmp_pat
         assert isinstance(loaded, ClocProcessor)
         assert (loaded.image_size, loaded.max_text_length, loaded.image_mean) == (48, 7, (0.5, 0.5, 0.5))
         batch = loaded(images=Image.new("RGB", (30, 20)), text="a red dog")
-        assert batch["pixels"].shape == (1, 3, 48, 48)
+        assert batch["pixel_values"].shape == (1, 3, 48, 48)
         assert torch.equal(batch["input_ids"], processor.tokenize(["a red dog"]))
 
 

@@ -20,7 +20,7 @@ from transformers import CLIPConfig
 from opencloc.config import LossConfig, TrainConfig
 from opencloc.loss import ClocLoss, cloc_loss
 from opencloc.model.cloc import ClocConfig, ClocModel, ClocOutput
-from opencloc.model.texts import PackedTexts, pack
+from opencloc.model.packing import PackedTexts, pack
 from opencloc.train.build import apply_options
 
 BOXES = torch.tensor([[[0.1, 0.2, 0.6, 0.9], [0.5, 0.0, 1.0, 0.4]], [[0.0, 0.0, 0.3, 0.3], [0.2, 0.2, 0.9, 0.5]]])
@@ -30,8 +30,8 @@ VALID = torch.tensor([[True, True], [True, False]])
 
 def inputs() -> dict[str, Any]:
     return {
-        "pixels": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)),
-        "caption_ids": pack([[2, 7, 9, 10, 1], [2, 8, 1]], max_length=16, pad_id=0),
+        "pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)),
+        "input_ids": pack([[2, 7, 9, 10, 1], [2, 8, 1]], max_length=16, pad_id=0),
         "boxes": BOXES,
         "text_ids": pack([[2, 5, 1], [2, 6, 7, 1], [2, 20, 1]], max_length=16, pad_id=0),
         "text_index": INDEX,

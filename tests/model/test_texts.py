@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from opencloc.model.cloc import ClocConfig, ClocModel
+from opencloc.model.packing import PackedTexts, join, pack
 from opencloc.model.processor import ClocProcessor
-from opencloc.model.texts import PackedTexts, join, pack
 
 TEXTS = ["dog", "a photo of a pizza in the snow and a blue cat", "a red dog", "two trains", "cat", "snow", "a dog"]
 

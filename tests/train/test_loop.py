@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from opencloc.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, from_json, to_json
-from opencloc.data.loader import TrainingExamples, training_batches
-from opencloc.data.source import open_source
+from opencloc.data.sources.spec import open_source
+from opencloc.data.stream import TrainingExamples, training_batches
 from opencloc.presets import PRESETS
 from opencloc.train.build import build_model
 from opencloc.train.checkpoint import list_checkpoints
@@ -156,7 +156,7 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(
     model.double()
     examples = TrainingExamples([source], (), num_regions=3, image_size=32, seed=0, keep_patches=keep_patches)
     (batch,) = training_batches(examples, processor, batch_size=6, start=0, stop=1, num_workers=0)
-    batch = replace(batch, pixels=batch.pixels.double(), boxes=batch.boxes.double(), skipped=Counter())
+    batch = replace(batch, pixel_values=batch.pixel_values.double(), boxes=batch.boxes.double(), skipped=Counter())
     loss = LossConfig(region_weight=region_weight)
     whole, _ = backward(model, batch, loss, None)
     expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

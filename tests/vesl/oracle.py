@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from opencloc.data.sample import Sample
-from opencloc.data.shards import expand_urls, iter_shard
+from opencloc.data.tars.shards import expand_urls, iter_shard
 from opencloc.vesl.detect import Detections
 
 SCORE = 0.75

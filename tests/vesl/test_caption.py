@@ -17,7 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from opencloc.data.sample import BadSample, Sample
+from opencloc.data.sample import Sample
+from opencloc.errors import BadSample
 from opencloc.vesl import caption_server
 from opencloc.vesl.caption import CaptionConfig, CaptionerError, ExistingCaptioner, load_captioner
 from opencloc.vesl.caption_server import ServerCaptioner

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from opencloc.boxes import pairwise_iou
-from opencloc.data.coco import Coco, CocoConfig
+from opencloc.data.sources.coco import Coco, CocoConfig
 from opencloc.vesl.detect import load_detector
 from opencloc.vesl.filters import FilterConfig, filter_detections
 

@@ -16,17 +16,17 @@ from PIL import Image
 
 from opencloc.config import from_json, to_json
 from opencloc.data.sample import Sample
-from opencloc.data.scenes import SceneConfig, write_scenes
-from opencloc.data.shards import expand_urls, iter_shard
+from opencloc.data.scenes.scenes import SceneConfig, write_scenes
 from opencloc.data.sidecar import read_sidecar, sidecar_path, stats_path
-from opencloc.data.source import open_source
+from opencloc.data.sources.spec import open_source
+from opencloc.data.tars.shards import expand_urls, iter_shard
 from opencloc.vesl import engine as engine_module
 from opencloc.vesl.caption import CaptionConfig
+from opencloc.vesl.config import LabelConfig, config_hash, write_manifests
 from opencloc.vesl.detect import Detections, no_detections
 from opencloc.vesl.engine import ModelFailure
 from opencloc.vesl.filters import FilterConfig
 from opencloc.vesl.label import Shard, find_shards, label_shard, load_engine
-from opencloc.vesl.label_config import LabelConfig, config_hash, write_manifests
 from opencloc.vesl.phrases import extract_phrases
 
 sys.path.insert(0, str(Path(__file__).parent))  # the oracle and the checkpoints lie beside this file

@@ -17,11 +17,11 @@ import pytest
 from rich.console import Console
 
 from opencloc.config import to_json
-from opencloc.data.scenes import SceneConfig, write_scenes
+from opencloc.data.scenes.scenes import SceneConfig, write_scenes
 from opencloc.data.sidecar import read_sidecar
 from opencloc.vesl import run as run_module
+from opencloc.vesl.config import LabelConfig
 from opencloc.vesl.label import Shard, ShardReport, find_shards
-from opencloc.vesl.label_config import LabelConfig
 from opencloc.vesl.run import RunConfig, run_label
 from opencloc.vesl.run_report import RunReport, format_report
 from opencloc.vesl.workers import Outcome
@@ -252,7 +252,7 @@ SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from opencloc.config import from_json
-from opencloc.vesl.label_config import LabelConfig
+from opencloc.vesl.config import LabelConfig
 from opencloc.vesl.run import RunConfig, run_label
 sys.exit(run_label(from_json(LabelConfig, sys.argv[2], "argument"), RunConfig(workers=int(sys.argv[3]))).exit_code)
 """

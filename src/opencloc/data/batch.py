@@ -40,7 +40,7 @@ class Part:
     """Some rows of a batch; fields as in `Batch`, but for the images."""
 
     squares: UInt8[Tensor, "B S S 3"]
-    caption_ids: Int[Tensor, "B T"]
+    input_ids: Int[Tensor, "B T"]
     boxes: Float[Tensor, "B M 4"]
     valid: Bool[Tensor, "B M"]
     text_ids: Int[Tensor, "U W"]
@@ -59,8 +59,8 @@ class Part:
 class Batch:
     """One training batch.  Boxes are in the frame of the letterboxed square."""
 
-    pixels: Float[Tensor, "B 3 S S"]
-    caption_ids: Int[Tensor, "B T"]
+    pixel_values: Float[Tensor, "B 3 S S"]
+    input_ids: Int[Tensor, "B T"]
     boxes: Float[Tensor, "B M 4"]
     valid: Bool[Tensor, "B M"]  # False where the image has fewer than M regions
     text_ids: Int[Tensor, "U W"]  # distinct region texts
@@ -77,13 +77,13 @@ class Batch:
     def split(self, size: int) -> list[Batch]:
         """Micro-batches of `size` images; distinct texts are kept per micro-batch."""
         pieces = []
-        for start in range(0, len(self.pixels), size):
+        for start in range(0, len(self.pixel_values), size):
             rows = slice(start, start + size)
             used, index = torch.unique(self.text_index[rows], return_inverse=True)
             pieces.append(
                 Batch(
-                    pixels=self.pixels[rows],
-                    caption_ids=self.caption_ids[rows],
+                    pixel_values=self.pixel_values[rows],
+                    input_ids=self.input_ids[rows],
                     boxes=self.boxes[rows],
                     valid=self.valid[rows],
                     text_ids=self.text_ids[used],
@@ -114,7 +114,7 @@ def collate(examples: Sequence[Example], processor: ClocProcessor) -> Part:
             valid[b, m] = True
     return Part(
         squares=torch.from_numpy(np.stack([example.square for example in examples])),
-        caption_ids=processor.tokenize([example.caption for example in examples]),
+        input_ids=processor.tokenize([example.caption for example in examples]),
         boxes=torch.from_numpy(np.stack([example.boxes for example in examples])),
         valid=torch.from_numpy(valid),
         text_ids=processor.tokenize(list(rows) or ["none"]),  # a row must exist for text_index 0 to point at
@@ -133,8 +133,8 @@ def join(parts: Sequence[Part], processor: ClocProcessor, device: torch.device) 
     names = ["boxes", "valid", "text_hash", *(["kept"] if parts[0].kept is not None else [])]
     whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
     return Batch(
-        pixels=processor.normalize(squares),
-        caption_ids=_stack([part.caption_ids for part in parts], pad_id).to(device),
+        pixel_values=processor.normalize(squares),
+        input_ids=_stack([part.input_ids for part in parts], pad_id).to(device),
         text_ids=text_ids.to(device),
         text_index=text_index.to(device),
         **{name: value.to(device) for name, value in whole.items()},

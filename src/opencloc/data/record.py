@@ -20,67 +20,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from PIL import AvifImagePlugin, Image, WebPImagePlugin  # noqa: F401 (Pillow loads the other plugins by itself)
+from PIL import Image
 
-from opencloc.data.sample import BadSample, Sample
+from opencloc.data.sample import Sample
+from opencloc.errors import BadSample
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-MAX_PIXELS = 89_478_485  # Pillow's own bound: an RGB image of 256 MiB
-# What bytes named .jpg may really be (img2dataset without re-encoding keeps them).  Pillow's other readers are left
-# out: some run outside programs (EPS) and none is needed for photos.
-_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
-
 _NUMBERS = frozenset({int, float})  # as JSON gives them; bool is a type of its own
 
 ImageFormat = Literal["jpg", "png", "webp"]
-
-
-def decode_image(
-    data: bytes, where: str, max_px: int | None = None, *, expected_px: tuple[int, int] | None = None
-) -> Image.Image:
-    """The image as RGB.
-
-    Gray, palette, 16-bit and CMYK images are converted, transparency is laid over white, of an animation the first
-    frame is taken.  EXIF orientation is NOT applied: boxes refer to the pixels as they are stored (as COCO's do, and
-    as img2dataset stores them).
-
-    `max_px`: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where its long side then still has `max_px` pixels.
-    `expected_px`: the stored (width, height) that annotations refer to.
-
-    Raises `BadSample` ("broken image", "image too large", "image size differs from its annotation") naming `where`.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadSample("image too large", where, str(error)) from error
-    except Exception as error:  # Pillow raises a whole zoo for bytes that are no image
-        raise BadSample("broken image", where, f"{len(data)} bytes: {error}") from error
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise BadSample("image too large", where, f"{width} x {height} pixels, at most {MAX_PIXELS} are decoded")
-    if expected_px is not None and expected_px != (width, height):
-        detail = f"{width} x {height} pixels, annotated as {expected_px[0]} x {expected_px[1]}"
-        raise BadSample("image size differs from its annotation", where, detail)
-    try:
-        if max_px is not None and max_px < max(width, height):
-            scale = max_px / max(width, height)
-            image.draft(None, (max(1, int(np.ceil(width * scale))), max(1, int(np.ceil(height * scale)))))
-        return _to_rgb(image)
-    except Exception as error:
-        raise BadSample("broken image", where, str(error)) from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and not image.has_transparency_data:
-        image.load()  # and lets go of the file behind it
-        return image
-    if image.mode.startswith("I"):  # 16 bits per pixel; Pillow would clip them to 255
-        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
 
 
 def encode_image(image: Image.Image, image_format: ImageFormat = "jpg", quality: int = 95) -> bytes:

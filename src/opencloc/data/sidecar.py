@@ -28,10 +28,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from opencloc import files
 from opencloc.boxes import box_problem
-from opencloc.data import files
 from opencloc.data.record import Record
-from opencloc.data.sample import BadSample
+from opencloc.errors import BadSample
 
 SCHEMA = pa.schema(
     [

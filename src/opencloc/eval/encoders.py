@@ -30,7 +30,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from opencloc.boxes import Letterbox, crop
+from opencloc.boxes import Letterbox
+from opencloc.images import crop
 from opencloc.model.cloc import ClocModel, ImageFeatures
 from opencloc.model.processor import ClocProcessor
 from opencloc.model.roi import roi_align

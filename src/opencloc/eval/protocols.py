@@ -29,7 +29,7 @@ from opencloc.eval import metrics
 from opencloc.eval.encoders import EncodedImages, Encoder
 from opencloc.eval.scores import SIZES, Score, Scorer, size_words, sizes_of
 from opencloc.eval.sets.item import EvalSet, Unread, load, pixel_areas
-from opencloc.eval.texts import Dtype, TextBank, check_names, inference, template_embeddings
+from opencloc.eval.text_bank import Dtype, TextBank, check_names, inference, template_embeddings
 
 CANNOT_GROUND = "this encoder cannot ground"
 Scores = dict[str, Score]

@@ -15,14 +15,14 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from opencloc.data.sample import Sample, class_names
-from opencloc.data.source import open_source, take
-from opencloc.eval.benchmarks import BENCHMARKS, open_set
+from opencloc.data.sources.spec import open_source, take
 from opencloc.eval.encoders import Encoder, RegionWay, View, load_encoder, model_type
 from opencloc.eval.protocols import Result, Settings, run
+from opencloc.eval.registry import BENCHMARKS, open_set
 from opencloc.eval.report import to_json, to_markdown, write_html_report
 from opencloc.eval.sets.item import EvalSet
 from opencloc.eval.tasks import TASKS, Evaluation, Prediction, Task, evaluate, flat_metrics, predict
-from opencloc.eval.texts import Dtype
+from opencloc.eval.text_bank import Dtype
 
 SOURCE_IMAGES = 1000  # of a source, where no number is given
 _TASK_NAMES = (*(task.replace("_", "-") for task in TASKS), *BENCHMARKS)

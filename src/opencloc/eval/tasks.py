@@ -25,7 +25,8 @@ from opencloc.boxes import area, iou
 from opencloc.data.sample import Sample
 from opencloc.eval import metrics
 from opencloc.eval.encoders import Encoder
-from opencloc.eval.texts import NO_CLASSES, Dtype, TextBank, canonical, check_names, inference
+from opencloc.eval.text_bank import NO_CLASSES, Dtype, TextBank, check_names, inference
+from opencloc.texts import canonical
 
 Task = Literal["region_recognition", "region_retrieval", "image_retrieval", "grounding"]
 TASKS: tuple[Task, ...] = get_args(Task)

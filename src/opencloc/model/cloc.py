@@ -1,6 +1,6 @@
 """ClocModel: a CLIP-like pair of towers with a Prompter and a box head (paper section 3).
 
-    features = model.encode_image(pixels)                 # once per image
+    features = model.encode_image(pixel_values)                 # once per image
     regions = model.encode_regions(features, boxes)       # any number of prompts
     boxes = model.ground(features, text_embeddings)
 
@@ -29,6 +29,7 @@ from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
 
 from opencloc.model import towers
+from opencloc.model.packing import PackedTexts, join
 from opencloc.model.prompter import AnchoredBoxHead, CrossPrompter, EncoderPrompter, MlpBoxHead, RoiPrompter
 from opencloc.model.prompts import (
     Box,
@@ -40,7 +41,6 @@ from opencloc.model.prompts import (
     concatenate,
     patch_centres,
 )
-from opencloc.model.texts import PackedTexts, join
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's clip on the temperature
 POSITION_STD = 0.02  # transformers' initial spread of CLIP's position embeddings
@@ -105,7 +105,7 @@ class ClocModel(PreTrainedModel):
     config: ClocConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     config_class = ClocConfig
     base_model_prefix = "cloc"
-    main_input_name = "pixels"
+    main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -206,9 +206,9 @@ class ClocModel(PreTrainedModel):
 
     # -- encoding ------------------------------------------------------------------------------------------------
 
-    def encode_image(self, pixels: Float[Tensor, "B 3 S S"]) -> ImageFeatures:
+    def encode_image(self, pixel_values: Float[Tensor, "B 3 S S"]) -> ImageFeatures:
         """Features of letterboxed, normalised images: the one pass that all prompts share."""
-        pooled, tokens = towers.vision_forward(self.clip, pixels)
+        pooled, tokens = towers.vision_forward(self.clip, pixel_values)
         return ImageFeatures(embedding=_normalize(pooled), tokens=tokens, grid=self.grid)
 
     def encode_text(self, texts: Int[Tensor, "U T"] | PackedTexts) -> Float[Tensor, "U E"]:
@@ -277,8 +277,8 @@ class ClocModel(PreTrainedModel):
 
     def forward(
         self,
-        pixels: Float[Tensor, "B 3 S S"],
-        caption_ids: Int[Tensor, "B T"] | PackedTexts,
+        pixel_values: Float[Tensor, "B 3 S S"],
+        input_ids: Int[Tensor, "B T"] | PackedTexts,
         boxes: Float[Tensor, "B M 4"] | None = None,
         text_ids: Int[Tensor, "U W"] | PackedTexts | None = None,
         text_index: Int[Tensor, "B M"] | None = None,
@@ -290,12 +290,12 @@ class ClocModel(PreTrainedModel):
         Without boxes only the image-text part is computed (the CLIP baseline).  `kept`: of each image, the numbers of
         the patches that are looked at (FLIP, Li et al. 2023); None: all.  Raises ValueError if the Prompter needs all.
         """
-        pooled, tokens = towers.vision_forward(self.clip, pixels, kept)
-        if isinstance(caption_ids, PackedTexts) and isinstance(text_ids, PackedTexts) and boxes is not None:
-            embeddings = self.encode_text(join(caption_ids, text_ids))  # all in one pass of the tower
-            caption, texts = embeddings.split([len(caption_ids), len(text_ids)])
+        pooled, tokens = towers.vision_forward(self.clip, pixel_values, kept)
+        if isinstance(input_ids, PackedTexts) and isinstance(text_ids, PackedTexts) and boxes is not None:
+            embeddings = self.encode_text(join(input_ids, text_ids))  # all in one pass of the tower
+            caption, texts = embeddings.split([len(input_ids), len(text_ids)])
         else:
-            caption = self.encode_text(caption_ids)
+            caption = self.encode_text(input_ids)
             texts = None if boxes is None or text_ids is None else self.encode_text(text_ids)
         output: dict[str, Tensor] = {
             "image": _normalize(pooled),

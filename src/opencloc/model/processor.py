@@ -24,17 +24,18 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTok
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
-from opencloc.boxes import MEAN_RGB, STD_RGB, Letterbox, letterbox_array
+from opencloc.boxes import Letterbox
+from opencloc.images import MEAN_RGB, STD_RGB, letterbox_array
 from opencloc.model import towers
 from opencloc.model.cloc import ClocConfig
-from opencloc.model.texts import PackedTexts, pack
+from opencloc.model.packing import PackedTexts, pack
 
 # ids 0, 1, 2 in this order: transformers reads eos_token_id == 2 as "the highest id", an old bug kept alive
 PAD, EOS, BOS = "<pad>", "<end>", "<start>"
 
 
 class ClocProcessor(ProcessorMixin):
-    """Letterbox and tokenizer.  `processor(images=..., text=...)` gives `pixels` and `input_ids`."""
+    """Letterbox and tokenizer.  `processor(images=..., text=...)` gives `pixel_values` and `input_ids`."""
 
     @no_type_check  # transformers reads the argument names off this function, which a type checker would wrap
     def __init__(
@@ -75,10 +76,10 @@ class ClocProcessor(ProcessorMixin):
         return cls.for_towers(config, AutoTokenizer.from_pretrained(path), **options)
 
     def __call__(self, images: Any = None, text: Any = None, **_: Any) -> dict[str, Tensor]:  # pyright: ignore
-        """`pixels` (B, 3, S, S) for images (one or many), `input_ids` (B, T) for texts (one or many)."""
+        """`pixel_values` (B, 3, S, S) for images (one or many), `input_ids` (B, T) for texts (one or many)."""
         batch: dict[str, Tensor] = {}
         if images is not None:
-            batch["pixels"] = self.letterbox([images] if isinstance(images, Image.Image) else images)[0]
+            batch["pixel_values"] = self.letterbox([images] if isinstance(images, Image.Image) else images)[0]
         if text is not None:
             batch["input_ids"] = self.tokenize([text] if isinstance(text, str) else text)
         return batch

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from opencloc.model.texts import PackedTexts
+from opencloc.model.packing import PackedTexts
 
 FAMILIES = ("clip", "siglip", "siglip2")
 

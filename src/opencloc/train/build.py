@@ -11,8 +11,8 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, CLIPConfig, Siglip2Config, SiglipConfig
 
 from opencloc.config import ModelConfig, TrainConfig
-from opencloc.data.sample import BadSample
-from opencloc.data.source import open_source
+from opencloc.data.sources.spec import open_source
+from opencloc.errors import BadSample
 from opencloc.model.cloc import ClocConfig, ClocModel
 from opencloc.model.processor import ClocProcessor, train_tokenizer
 

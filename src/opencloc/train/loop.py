@@ -26,8 +26,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from opencloc.config import LossConfig, TrainConfig, from_json, to_json
 from opencloc.data.batch import Batch
-from opencloc.data.loader import TrainingExamples, check_skipped, training_batches
-from opencloc.data.source import open_source
+from opencloc.data.sources.spec import open_source
+from opencloc.data.stream import TrainingExamples, check_skipped, training_batches
 from opencloc.loss import ClocLoss, cloc_loss
 from opencloc.model.cloc import ClocOutput
 from opencloc.train.build import build_model
@@ -175,8 +175,8 @@ def backward(
     micro-batches first, without a graph; the loss of the whole batch and its gradients with respect to them; then each
     micro-batch again, with a graph, fed with its share of those gradients.  A batch in one piece keeps its graph.
     """
-    size = min(micro_batch_size or len(batch.pixels), len(batch.pixels))
-    pieces = [batch] if (one := size == len(batch.pixels)) else batch.split(size)
+    size = min(micro_batch_size or len(batch.pixel_values), len(batch.pixel_values))
+    pieces = [batch] if (one := size == len(batch.pixel_values)) else batch.split(size)
     with torch.set_grad_enabled(one):
         outputs = [fields(forward(model, piece, config, bf16)) for piece in pieces]
     cached = {
@@ -189,7 +189,7 @@ def backward(
     loss.total.backward()
     # every rank has its share of the gradient, and DDP and FSDP take the mean over ranks where a sum is wanted
     gradients = {name: value.grad * ranks.size for name, value in cached.items() if value.grad is not None}
-    rows = [len(piece.pixels) for piece in pieces]
+    rows = [len(piece.pixel_values) for piece in pieces]
     for i, piece in enumerate(pieces):
         with gradient_sync(model, wanted=i == len(pieces) - 1):
             part = outputs[i] if one else fields(forward(model, piece, config, bf16))
@@ -202,10 +202,10 @@ def backward(
 def forward(model: nn.Module, batch: Batch, config: LossConfig, bf16: bool = False) -> ClocOutput:
     """The model's output for a batch; without regions if they have no weight."""
     # a context for every pass: casts that autocast keeps from a pass without a graph would have none in the next
-    with torch.autocast(batch.pixels.device.type, torch.bfloat16, enabled=bf16):
+    with torch.autocast(batch.pixel_values.device.type, torch.bfloat16, enabled=bf16):
         if config.region_weight == 0:
-            return model(batch.pixels, batch.caption_ids, kept=batch.kept)
-        return model(batch.pixels, batch.caption_ids, batch.boxes, batch.text_ids, batch.text_index, batch.kept)
+            return model(batch.pixel_values, batch.input_ids, kept=batch.kept)
+        return model(batch.pixel_values, batch.input_ids, batch.boxes, batch.text_ids, batch.text_index, batch.kept)
 
 
 def fields(output: ClocOutput) -> dict[str, Tensor]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 from opencloc.config import Strict
-from opencloc.data.sample import BadSample, Sample
+from opencloc.data.sample import Sample
+from opencloc.errors import BadSample
 from opencloc.vesl.detect import Dtype, resolve_device
 
 PROMPT = (

@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 import httpx
 from PIL import Image
 
-from opencloc.data.sample import BadSample, Sample
+from opencloc.data.sample import Sample
+from opencloc.errors import BadSample
 from opencloc.vesl.caption import CaptionConfig, CaptionerError
 
 Answer = TypeVar("Answer")

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from opencloc.data.sample import BadSample, Sample
+from opencloc.data.sample import Sample
+from opencloc.errors import BadSample
 from opencloc.vesl.caption import CaptionerError
 from opencloc.vesl.detect import Dtype, torch_dtype
 

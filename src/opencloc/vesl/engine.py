@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from opencloc.data.sample import BadSample, Sample
+from opencloc.data.sample import Sample
 from opencloc.data.sidecar import SidecarRow
+from opencloc.errors import BadSample
 from opencloc.vesl.caption import Captioner
 from opencloc.vesl.detect import Detections, Detector
 from opencloc.vesl.filters import FilterConfig, filter_detections

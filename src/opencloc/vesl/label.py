@@ -15,17 +15,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from opencloc.data import files
-from opencloc.data.coco import Coco
-from opencloc.data.folder import ImageFolder
-from opencloc.data.sample import BadSample, Sample
-from opencloc.data.shards import expand_urls, iter_shard
+from opencloc import files
+from opencloc.data.sample import Sample
 from opencloc.data.sidecar import SidecarRow, read_sidecar, sidecar_path, stats_path, write_sidecar
-from opencloc.data.source import open_source, parse_spec
+from opencloc.data.sources.coco import Coco
+from opencloc.data.sources.folder import ImageFolder
+from opencloc.data.sources.spec import open_source, parse_spec
+from opencloc.data.tars.shards import expand_urls, iter_shard
+from opencloc.errors import BadSample
 from opencloc.vesl.caption import load_captioner
+from opencloc.vesl.config import LabelConfig, config_hash, versions
 from opencloc.vesl.detect import load_detector
 from opencloc.vesl.engine import Engine, Failures, Tally, label_samples
-from opencloc.vesl.label_config import LabelConfig, config_hash, versions
 from opencloc.vesl.phrases import MAX_PHRASES, NGRAM_MAX_PHRASES, extract_phrases, ngram_phrases, tagger_weights
 
 Progress = Callable[[int, int, int], None]

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from opencloc.data import files
+from opencloc import files
 from opencloc.data.sidecar import stats_path
+from opencloc.vesl.config import LabelConfig, manifest_path, write_manifests
 from opencloc.vesl.label import Progress, Shard, find_shards
-from opencloc.vesl.label_config import LabelConfig, manifest_path, write_manifests
 from opencloc.vesl.run_report import INTERRUPTED, Display, RunReport, format_report
 from opencloc.vesl.workers import InProcess, Processes, RayActors, Workers
 

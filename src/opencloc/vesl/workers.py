@@ -18,9 +18,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from opencloc.vesl.config import LabelConfig
 from opencloc.vesl.engine import ModelFailure
 from opencloc.vesl.label import Progress, Shard, ShardReport, label_shard, load_engine
-from opencloc.vesl.label_config import LabelConfig
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from opencloc.data import files
-from opencloc.data.coco import field_of, read_images, read_json, row_of
+from opencloc import files
+from opencloc.data.sources.coco import field_of, read_images, read_json, row_of
 from opencloc.eval.sets.item import Captioned, EvalSet, Stored, base_name, first_file, first_folder
 
 CAPTIONS_PER_IMAGE = 5  # COCO has up to seven; the 5k and 1k protocols take the first five

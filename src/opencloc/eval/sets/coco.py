@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from opencloc.data.coco import (
+from opencloc.data.sources.coco import (
     CROWD,
     EMPTY_BOX,
     category_of,

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from opencloc.data import files
+from opencloc import files
 from opencloc.eval.sets.captions import flickr_folders
 from opencloc.eval.sets.item import EvalSet, Phrases, Stored, first_file, first_folder
 

@@ -21,8 +21,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from opencloc import files
 from opencloc.boxes import box_problem
-from opencloc.data import files
 from opencloc.data.record import IMAGE_EXTENSIONS
 from opencloc.eval.sets.item import EvalSet, RegionTexts, Stored
 

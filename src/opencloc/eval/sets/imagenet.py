@@ -11,7 +11,7 @@ from collections import Counter
 from importlib.resources import files as resources
 from typing import Literal, get_args
 
-from opencloc.data import files
+from opencloc import files
 from opencloc.data.record import IMAGE_EXTENSIONS
 from opencloc.eval.sets.item import EvalSet, Labelled, Stored
 

@@ -20,9 +20,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from PIL import Image
 
-from opencloc.data import files
-from opencloc.data.record import decode_image
-from opencloc.data.sample import BadSample
+from opencloc import files
+from opencloc.errors import BadSample
+from opencloc.images import decode_image
 
 READERS = 4  # threads that read and decode images
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from opencloc.data import files
-from opencloc.data.coco import EMPTY_BOX, field_of, read_box, read_images, read_json, row_of
+from opencloc import files
+from opencloc.data.sources.coco import EMPTY_BOX, field_of, read_box, read_images, read_json, row_of
 from opencloc.eval.sets.item import EvalSet, Phrases, Stored, first_file, first_folder
 
 Name = Literal["refcoco", "refcoco+", "refcocog"]

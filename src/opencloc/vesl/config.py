@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from opencloc import files
 from opencloc.config import Strict
-from opencloc.data import files
 from opencloc.vesl.caption import CaptionConfig
 from opencloc.vesl.detect import AutoDtype
 from opencloc.vesl.filters import FilterConfig

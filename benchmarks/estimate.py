@@ -1,7 +1,7 @@
 """What a run will take: parameters, arithmetic, memory and step time from formulas, before a GPU is rented.
 
-    python -m opencloc.train.estimate                  # the table of docs/guides/scale.md
-    python -m opencloc.train.estimate --gpus 16 --memory-gb 40 --tflops 150
+    python -m benchmarks.estimate                  # the table of docs/guides/scale.md
+    python -m benchmarks.estimate --gpus 16 --memory-gb 40 --tflops 150
 
 Tests hold the formulas against small models: parameters exactly, arithmetic against torch's counter, activations
 against what autograd keeps.  They are written for CLIP towers with the default Prompter and box head.  The speed of a

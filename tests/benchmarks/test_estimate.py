@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import estimate
 from opencloc.config import DataConfig, LossConfig, ModelConfig, TrainConfig
 from opencloc.loss import cloc_loss, image_text_loss, region_text_loss
 from opencloc.model.cloc import ClocConfig, ClocModel, ClocOutput
 from opencloc.presets import vit_b16
-from opencloc.train import estimate
 from opencloc.train.build import tower_config
 
 IMAGES, REGIONS = 4, 2
@@ -66,7 +66,7 @@ def inputs(with_regions: bool) -> dict[str, torch.Tensor]:
         ids[:, -1] = 2
         return ids
 
-    batch = {"pixels": torch.randn(IMAGES, 3, 56, 56), "caption_ids": texts(IMAGES, estimate.CAPTION_TOKENS)}
+    batch = {"pixel_values": torch.randn(IMAGES, 3, 56, 56), "input_ids": texts(IMAGES, estimate.CAPTION_TOKENS)}
     if with_regions:
         count = IMAGES * REGIONS
         batch["boxes"] = torch.tensor([0.1, 0.1, 0.8, 0.7]).expand(IMAGES, REGIONS, 4)

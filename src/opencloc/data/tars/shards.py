@@ -17,22 +17,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opencloc.data import files
-from opencloc.data.cache import Prefetcher, load_index, local_tar
-from opencloc.data.counts import count_samples
-from opencloc.data.record import decode_image, parse_record
-from opencloc.data.sample import BadSample, Sample
-from opencloc.data.shard_writer import ShardWriter
+from opencloc import files
+from opencloc.data.record import parse_record
+from opencloc.data.sample import Sample
 from opencloc.data.sidecar import Sidecar, SidecarRow, sidecar_path, with_labels
-from opencloc.data.tar import ShardIndex, index_shard, iter_shard
-from opencloc.data.urls import expand_urls
+from opencloc.data.tars.cache import Prefetcher, load_index, local_tar
+from opencloc.data.tars.index import count_samples
+from opencloc.data.tars.tar import ShardIndex, index_shard, iter_shard
+from opencloc.data.tars.urls import expand_urls
+from opencloc.data.tars.writer import ShardWriter
+from opencloc.errors import BadSample
+from opencloc.images import decode_image
 
 __all__ = [
     "ShardIndex",
     "ShardWriter",
     "Shards",
     "ShardsConfig",
-    "decode_image",
     "expand_urls",
     "index_shard",
     "iter_shard",

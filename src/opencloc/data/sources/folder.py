@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from opencloc.data import files
-from opencloc.data.record import IMAGE_EXTENSIONS, decode_image, parse_record
-from opencloc.data.sample import BadSample, Sample
+from opencloc import files
+from opencloc.data.record import IMAGE_EXTENSIONS, parse_record
+from opencloc.data.sample import Sample
 from opencloc.data.sidecar import SidecarRow, read_labels, with_labels
+from opencloc.errors import BadSample
+from opencloc.images import decode_image
 
 
 @dataclass(frozen=True, kw_only=True)

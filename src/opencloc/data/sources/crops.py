@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opencloc.boxes import crop
-from opencloc.data.sample import BadSample, Sample, Source
+from opencloc.data.sample import Sample, Source
+from opencloc.errors import BadSample
+from opencloc.images import crop
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,8 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from opencloc.data.sample import BadSample, Sample, Source
+from opencloc.data.sample import Sample, Source
+from opencloc.errors import BadSample
 
 _JITTER = 0.15  # a grid line moves by up to this share of a tile, so that boxes differ between mosaics
 _ZOOM = 1.4  # photos are kept this much larger than the largest tile: random crops then enlarge nothing

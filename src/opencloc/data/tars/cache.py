@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 from fsspec.core import url_to_fs
 
-from opencloc.data import files
-from opencloc.data.tar import ShardIndex, index_shard
+from opencloc import files
+from opencloc.data.tars.tar import ShardIndex, index_shard
 
 GB = 10**9
 _ATTEMPTS, _PAUSE_S = 3, 2.0  # downloads tried, and the wait before the second (then twice as long, ...)

@@ -21,9 +21,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opencloc.data import files
-from opencloc.data.record import IMAGE_EXTENSIONS, decode_image, parse_record
-from opencloc.data.sample import BadSample, Sample
+from opencloc import files
+from opencloc.data.record import IMAGE_EXTENSIONS, parse_record
+from opencloc.data.sample import Sample
+from opencloc.errors import BadSample
+from opencloc.images import decode_image
 
 KEY = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$")  # webdataset's base_plus_ext
 # What tarfile raises for damaged headers, whose sizes can be negative or larger than any memory.

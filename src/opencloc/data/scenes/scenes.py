@@ -20,10 +20,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from opencloc.data import sprites, wording
 from opencloc.data.sample import Sample
-from opencloc.data.shards import ShardWriter
-from opencloc.data.things import CHARACTERS, UNCOUNTED
+from opencloc.data.scenes import sentences, sprites
+from opencloc.data.scenes.things import CHARACTERS, UNCOUNTED
+from opencloc.data.tars.shards import ShardWriter
 
 Attribute = Literal["colour", "size", "position"]
 _Rectangle = tuple[float, float, float, float]  # XYXY as shares of the image side
@@ -199,8 +199,8 @@ class Scenes:
             boxes, texts = self._mislabel(boxes, objects, Random(f"{scene}/noise"))
         caption = alt_text = _alt_text(objects, Random(f"{scene}/alt_text"))
         if config.captions == "exact":
-            phrases = [wording.noun_phrase(obj.text, obj.thing not in UNCOUNTED) for obj in objects]
-            caption = wording.caption(phrases, Random(f"{scene}/caption"))
+            phrases = [sentences.noun_phrase(obj.text, obj.thing not in UNCOUNTED) for obj in objects]
+            caption = sentences.caption(phrases, Random(f"{scene}/caption"))
         key = f"{config.mode}-{config.split}-{config.seed}-{index:09d}"
         return Sample(key=key, image=image, captions=(caption,), alt_text=alt_text, boxes=boxes, texts=texts)
 
@@ -342,7 +342,9 @@ def _place(width: float, height: float, taken: list[_Rectangle], rng: Random) ->
 
 
 def _alt_text(objects: list[_Object], rng: Random) -> str:
-    return wording.alt_text([_bare_text(obj.thing, obj.colour if rng.random() < 0.5 else None) for obj in objects], rng)
+    return sentences.alt_text(
+        [_bare_text(obj.thing, obj.colour if rng.random() < 0.5 else None) for obj in objects], rng
+    )
 
 
 def _background(config: SceneConfig, rng: Random) -> Image.Image:

@@ -23,11 +23,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from opencloc.boxes import Letterbox, letterbox_array
+from opencloc.boxes import Letterbox
 from opencloc.data.batch import Batch, Example, Part, collate, join
-from opencloc.data.order import SHUFFLE, WholeOrder, WindowedOrder, permutation
-from opencloc.data.sample import BadSample, Sample, Source
-from opencloc.data.shards import Shards
+from opencloc.data.sample import Sample, Source
+from opencloc.data.shuffle import SHUFFLE, WholeOrder, WindowedOrder, permutation
+from opencloc.data.tars.shards import Shards
+from opencloc.errors import BadSample
+from opencloc.images import letterbox_array
 from opencloc.model.processor import ClocProcessor
 
 MAX_BAD_IN_A_ROW = 50  # samples tried for one position before a run stops: by then the data, not a sample, is broken

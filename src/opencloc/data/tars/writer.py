@@ -8,7 +8,7 @@ import tarfile
 
 from opencloc.data.record import ImageFormat, encode_image, encode_record, image_extension
 from opencloc.data.sample import Sample
-from opencloc.data.tar import KEY
+from opencloc.data.tars.tar import KEY
 
 
 class ShardWriter:

@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from opencloc import files
 from opencloc.boxes import xywh_px_to_xyxy
-from opencloc.data import files
-from opencloc.data.record import Record, decode_image
-from opencloc.data.sample import BadSample, Sample
+from opencloc.data.record import Record
+from opencloc.data.sample import Sample
 from opencloc.data.sidecar import SidecarRow, read_labels, with_labels
+from opencloc.errors import BadSample
+from opencloc.images import decode_image
 
 CROWD, EMPTY_BOX = "crowd annotation", "empty box"
 

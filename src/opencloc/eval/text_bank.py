@@ -18,15 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from opencloc.eval.encoders import Encoder
+from opencloc.texts import canonical
 
 Dtype = Literal["float32", "bfloat16"]
 NO_CLASSES = "no class names to choose from"
 CLASSES_AT_ONCE = 16  # classes whose templates are encoded together
-
-
-def canonical(text: str) -> str:
-    """The text in lower case, runs of white space as one space."""
-    return " ".join(text.lower().split())
 
 
 class TextBank:

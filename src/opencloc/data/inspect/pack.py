@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from opencloc.data.coco import Coco
-from opencloc.data.folder import ImageFolder
-from opencloc.data.labelled import left_out, open_labelled
-from opencloc.data.sample import BadSample, Sample
-from opencloc.data.shards import Shards, ShardWriter
+from opencloc.data.sample import Sample
+from opencloc.data.sources.coco import Coco
+from opencloc.data.sources.folder import ImageFolder
+from opencloc.data.sources.labelled import left_out, open_labelled
+from opencloc.data.tars.shards import Shards, ShardWriter
+from opencloc.errors import BadSample
 
 
 @dataclass(frozen=True, kw_only=True)

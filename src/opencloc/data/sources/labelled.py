@@ -10,13 +10,13 @@ import os
 import re
 from collections import Counter
 
-from opencloc.data import files
-from opencloc.data.coco import Coco
-from opencloc.data.folder import ImageFolder
+from opencloc import files
 from opencloc.data.sample import Source
-from opencloc.data.shards import Shards
 from opencloc.data.sidecar import sidecar_path
-from opencloc.data.source import open_source
+from opencloc.data.sources.coco import Coco
+from opencloc.data.sources.folder import ImageFolder
+from opencloc.data.sources.spec import open_source
+from opencloc.data.tars.shards import Shards
 
 
 def open_labelled(spec: str, sidecar: str | None = None) -> Source:

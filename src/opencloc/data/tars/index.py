@@ -25,10 +25,10 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
-from opencloc.data import files
-from opencloc.data.cache import local_tar
+from opencloc import files
 from opencloc.data.sidecar import sidecar_path
-from opencloc.data.tar import index_shard
+from opencloc.data.tars.cache import local_tar
+from opencloc.data.tars.tar import index_shard
 
 _AT_ONCE = 16  # tars asked at the same time
 _WORTH_KEEPING_S = 1.0  # counts found faster are found again rather than kept

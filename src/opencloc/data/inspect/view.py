@@ -17,11 +17,12 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from opencloc import files
 from opencloc.boxes import area
-from opencloc.data import files
-from opencloc.data.labelled import labels_of, open_labelled
 from opencloc.data.record import encode_image
-from opencloc.data.sample import BadSample, Sample, Source
+from opencloc.data.sample import Sample, Source
+from opencloc.data.sources.labelled import labels_of, open_labelled
+from opencloc.errors import BadSample
 
 NUM_COLORS = 10  # that the style sheet tells apart
 
@@ -76,7 +77,7 @@ def write_view(config: ViewConfig) -> int:
 
 
 def _template() -> jinja2.Template:
-    text = importlib.resources.files("opencloc.data").joinpath("view.html.jinja").read_text(encoding="utf-8")
+    text = importlib.resources.files("opencloc.data.inspect").joinpath("view.html.j2").read_text(encoding="utf-8")
     return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(text)
 
 

@@ -7,15 +7,17 @@ goes through fsspec, which keeps its own connections per process.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import filelock
 from fsspec.core import url_to_fs
 
 
@@ -36,26 +38,106 @@ def read_bytes(url: str, start: int = 0, size: int | None = None) -> bytes:
     return fs.cat_file(path, start=start, end=None if size is None else start + size)
 
 
-def write_bytes(url: str, data: bytes) -> None:
-    """Writes a whole file: nobody ever sees half of it.
+def write_bytes(url: str | Path, data: bytes) -> None:
+    """Writes a whole file: nobody ever sees half of it.  The folder of a local file is made.
 
-    Local files are written under a temporary name and renamed.  Elsewhere the object is put in one piece, which
-    object stores make visible only when it is complete.
+    Local files are written under a temporary name, synced and renamed.  Elsewhere the object is put in one piece, which
+    object stores make visible only when it is complete.  Raises `OSError` where something other than a regular file has
+    the name.
     """
-    if (path := local_path(url)) is None:
-        fs, path = url_to_fs(url)
+    if (path := local_path(str(url))) is None:
+        fs, path = url_to_fs(str(url))
         fs.pipe_file(path, data)
         return
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
+    with new_file(Path(path)) as partial:
+        partial.write_bytes(data)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """`write_bytes` of a text, in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """`write_bytes` of a value as indented JSON.  Raises ValueError for NaN and infinity, which JSON does not have."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary path to write to.  It is renamed to `path` when the block ends well, removed when it fails."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path)
     try:
-        with open(temporary, "wb") as stream:
-            stream.write(data)
-        os.replace(temporary, path)
+        yield partial
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        partial.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Gives a temporary folder to fill, which takes the place of `path` when the block ends well.
+
+    The old folder stays until the new one is complete and synced.  When the block fails, the old one is untouched.
+    Raises `OSError` where something other than a folder has the name.
+    """
+    if path.exists() and not path.is_dir():
+        raise OSError(f"{path} is not a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for written in [*partial.rglob("*"), partial]:
+            _sync(written)
+        if path.exists():
+            old = partial.with_suffix(".old")
+            os.replace(path, old)
+            os.replace(partial, path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(partial, path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder so that nobody ever sees half of it: it is renamed out of sight first."""
+    hidden = partial_path(path)
+    os.replace(path, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed processes left half written in a folder.  The caller must be its only writer."""
+    for leftover in [*folder.glob(".*.partial"), *folder.glob(".*.old")]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def partial_path(path: Path) -> Path:
+    """The hidden name beside `path` under which this process writes it."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def exists(url: str) -> bool:
@@ -150,13 +232,16 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     folders never do), and then merely wait for each other: a lock per file would leave a file behind for each.
     """
     number = int(hashlib.blake2b(path.name.encode(), digest_size=1).hexdigest(), 16)
-    with open(cache_folder("locks") / f"{path.parent.name}-{number:03d}", "a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+    lock = filelock.FileLock(cache_folder("locks") / f"{path.parent.name}-{number:03d}")
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except filelock.Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

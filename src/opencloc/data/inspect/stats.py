@@ -16,15 +16,16 @@ from typing import Any
 
 import numpy as np
 
+from opencloc import files
 from opencloc.boxes import area
-from opencloc.data import files
-from opencloc.data.coco import Coco
-from opencloc.data.folder import ImageFolder
-from opencloc.data.labelled import labels_of, left_out, open_labelled
-from opencloc.data.sample import BadSample, Sample, Source
-from opencloc.data.shards import Shards
+from opencloc.data.inspect.report import NUM_BINS, Stats, markdown, plot
+from opencloc.data.sample import Sample, Source
 from opencloc.data.sidecar import SidecarRow, read_labels, read_sidecar, sidecar_path
-from opencloc.data.stats_report import NUM_BINS, Stats, markdown, plot
+from opencloc.data.sources.coco import Coco
+from opencloc.data.sources.folder import ImageFolder
+from opencloc.data.sources.labelled import labels_of, left_out, open_labelled
+from opencloc.data.tars.shards import Shards
+from opencloc.errors import BadSample
 
 MAX_TEXTS = 1_000_000  # distinct region texts counted exactly
 _REGIONS_SHOWN, _LENGTHS_SHOWN = 100, 32  # histograms over counts end here; the last bin holds all beyond

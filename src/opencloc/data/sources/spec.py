@@ -22,14 +22,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from opencloc.data import files
-from opencloc.data.coco import Coco, CocoConfig
-from opencloc.data.crops import Crops, CropsConfig
-from opencloc.data.folder import FolderConfig, ImageFolder
-from opencloc.data.mosaic import Mosaic, MosaicConfig, NamedSource
-from opencloc.data.sample import BadSample, Sample, Source
-from opencloc.data.scenes import SceneConfig, Scenes
-from opencloc.data.shards import Shards, ShardsConfig
+from opencloc import files
+from opencloc.data.sample import Sample, Source
+from opencloc.data.scenes.scenes import SceneConfig, Scenes
+from opencloc.data.sources.coco import Coco, CocoConfig
+from opencloc.data.sources.crops import Crops, CropsConfig
+from opencloc.data.sources.folder import FolderConfig, ImageFolder
+from opencloc.data.sources.mosaic import Mosaic, MosaicConfig, NamedSource
+from opencloc.data.tars.shards import Shards, ShardsConfig
+from opencloc.errors import BadSample
 
 _CONFIGS: dict[str, type] = {
     "scenes": SceneConfig,

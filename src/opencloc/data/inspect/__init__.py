@@ -1,0 +1,1 @@
+"""Looking at data sets: figures, contact sheets, packing."""

@@ -1,0 +1,1 @@
+"""Generated scenes: a world without limits, with exact boxes."""

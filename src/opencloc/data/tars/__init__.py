@@ -1,0 +1,1 @@
+"""WebDataset tars: reading, writing, indexing and caching them."""
