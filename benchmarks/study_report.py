@@ -1,6 +1,6 @@
 """Tables and pictures of the study's runs.
 
-    python benchmarks/study_report.py --runs runs/study --out results/study
+    python -m benchmarks.study_report --runs runs/study --out results/study
 
 Reads every OUT/VARIANT-SEED/result.json that is there, so it may be called while the study runs.  Writes table.md (laid
 out like the paper's Table 2), summary.json, curves.png and, from the model of `cross`, examples.png.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for benchmarks/
 from benchmarks.study import NOISE, SETS, WORLD, Variant, variants
 
 COLUMNS = (  # heading, set, score

@@ -32,7 +32,7 @@ for name in nouns n-grams; do
     $opencloc data view --data "$labelled" --sidecar "$out/$name/vesl" --out "$out/$name.html" --limit 60
     cp "$out/$name/vesl_manifest.json" "$results/manifest-$name.json"
 done
-.venv/bin/python benchmarks/label_quality.py --data "$labelled" --out "$results" \
+.venv/bin/python -m benchmarks.label_quality --data "$labelled" --out "$results" \
     --labels one-caption="$out/one-caption/vesl" nouns="$out/nouns/vesl" n-grams="$out/n-grams/vesl"
 facts recipes/vesl.sh "$@" >"$results/run.txt"
 echo "wrote $results; look at $out/nouns.html"
