@@ -148,8 +148,8 @@ def report(figures: list[dict[str, Any]]) -> str:
     lines = [
         "# The region-text loss at any size",
         "",
-        "Forward and backward pass, embeddings of width 512 in float32, one CPU thread. How it is measured: the first",
-        "lines of `benchmarks/loss.py`. (x) marks what was not run but extrapolated from the largest dense case with the",
+        "Forward and backward pass, embeddings of width 512 in float32, one CPU thread. How: the first lines of",
+        "`benchmarks/loss.py`. (x) marks what was not run but extrapolated from the largest dense case with the",
         "square of the rows.",
         "",
         "| rows | dense, s | tiled, s | time | dense, MB | tiled, MB | memory |",

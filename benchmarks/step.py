@@ -80,8 +80,9 @@ def main() -> None:
         save(args.out, figures)
 
     large, _ = make_inputs(args.data, model, args.flops_batch_size, args.num_regions, torch.device("cpu"))
-    found("tokens", {str(len(i.pixel_values)): i.tokens for i in (inputs, large)})
-    found("gflop_per_image", {str(len(i.pixel_values)): count_flops(models, i) for i in (inputs, large)})
+    by_size = {str(len(i.pixel_values)): i for i in (inputs, large)}
+    found("tokens", {size: i.tokens for size, i in by_size.items()})
+    found("gflop_per_image", {size: count_flops(models, i) for size, i in by_size.items()})
     parts = timers(make_parts(models["cross"], optimizer, inputs, bf16), device)
     part_times = take_turns(parts, args.rounds)
     found("part_seconds", part_times)

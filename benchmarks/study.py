@@ -224,7 +224,7 @@ def spent(folder: Path, seconds: float) -> float:
 # -- labels made by VESL -----------------------------------------------------------------------------------------------
 
 
-def make_labels(out: Path) -> None:
+def make_labels(out: Path, workers: int = 2) -> None:
     """Scenes as shards, labelled by VESL from their captions and by n-grams from their alt-texts, if not there yet."""
     from opencloc.cli import main as opencloc
 
@@ -241,7 +241,7 @@ def make_labels(out: Path) -> None:
     }.items():
         detector = f"benchmarks.scene_detector:factory?shards={out / 'labelled'}"
         arguments = ["label", "--data", str(out / "labelled"), "--output", str(out / "labels" / name), *options]
-        check(opencloc([*arguments, "--detector", detector, "--resolution", str(IMAGE_PX), "--workers", "2"]))
+        check(opencloc([*arguments, "--detector", detector, "--resolution", str(IMAGE_PX), "--workers", str(workers)]))
 
 
 def check(status: int) -> None:
