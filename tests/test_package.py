@@ -1,4 +1,4 @@
-"""The wheel built from this tree is what a user installs: whole, without tests, and enough to run the README's Python."""
+"""The wheel built from this tree is what a user installs: whole, without tests, enough to run the README's Python."""
 
 from __future__ import annotations
 
@@ -66,6 +66,11 @@ def test_the_wheel_runs_the_python_of_the_readme_in_an_empty_environment(wheel: 
     save_model(tmp_path / "runs/quickstart/cloc/model", model, processor)
     for code in python_of(ROOT / "README.md"):
         run(python, "-c", code, cwd=tmp_path)
+
+
+def test_the_citation_names_the_version_of_the_package() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_hooks_and_ci_use_the_same_ruff() -> None:
