@@ -23,7 +23,7 @@ from opencloc.vesl import run as run_module
 from opencloc.vesl.config import LabelConfig
 from opencloc.vesl.label import Shard, ShardReport, find_shards
 from opencloc.vesl.run import RunConfig, run_label
-from opencloc.vesl.run_report import RunReport, format_report
+
 from opencloc.vesl.workers import Outcome
 
 sys.path.insert(0, str(Path(__file__).parent))  # the oracle lies beside this file

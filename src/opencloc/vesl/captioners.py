@@ -178,7 +178,7 @@ class ServerCaptioner:
             status = getattr(error, "status_code", 500)
             refused = 400 <= status < 500 and status not in (408, 409, 429)
             reason = "caption server refused the image" if refused else "caption server failed"
-            return BadSample(reason, sample.key, _one_line(error))
+            return BadSample(reason, sample.key, _complaint(error))
         except Exception as error:  # an answer of another shape, an image that cannot be encoded
             return BadSample("caption server failed", sample.key, f"unusable answer: {_one_line(error)}")
 
@@ -205,15 +205,13 @@ class ServerCaptioner:
         return models[0]
 
     def _raise_if_fatal(self, error: Any) -> None:
-        import httpx
-
         status = getattr(error, "status_code", None)
         if status in _FATAL:
             name = self._config.api_key_env
             hint = f"; the key is read from ${name}" + ("" if os.environ.get(name) else ", which is not set")
             hint = hint if status in (401, 403) else ""
-            raise CaptionerError(f"caption server {self._url}: {_one_line(error)}{hint}") from error
-        if isinstance(error.__cause__, httpx.ConnectError):
+            raise CaptionerError(f"caption server {self._url}: {_complaint(error)}{hint}") from error
+        if type(error.__cause__).__name__ == "ConnectError":  # of httpx or httpx2, as the client's version has it
             raise CaptionerError(f"caption server {self._url} cannot be reached: {error.__cause__}") from error
 
 
@@ -294,6 +292,13 @@ class VlmCaptioner:
 
 def _checked(text: str, sample: Sample) -> str | BadSample:
     return text.strip() or BadSample("empty caption", sample.key, "the model wrote nothing")
+
+
+def _complaint(error: Any) -> str:
+    """Status and text of a server's answer, or what happened instead of one."""
+    response = getattr(error, "response", None)
+    said = str(error) if response is None else f"status {response.status_code}: {response.text}"
+    return " ".join(said.split())[:300]
 
 
 def _one_line(error: Exception) -> str:
