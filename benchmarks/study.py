@@ -245,7 +245,7 @@ def make_labels(out: Path) -> None:
         "n-grams": ["--captions.existing-text", "alt-text", "--phrases", "n-grams"],
     }.items():
         detector = f"benchmarks.scene_detector:factory?shards={out / 'labelled'}"
-        arguments = ["label", "--data", str(out / "labelled"), "--output", str(out / "labels" / name), *options]
+        arguments = ["label", "--data", str(out / "labelled"), "--out", str(out / "labels" / name), *options]
         check(opencloc([*arguments, "--detector", detector, "--resolution", str(IMAGE_PX), "--workers", "2"]))
 
 

@@ -311,8 +311,8 @@ def test_kill_9_leaves_no_half_file_and_the_next_run_ends_as_if_undisturbed(
             wait_until(lambda n=finished: held.exists() and len(list(out.glob("*_stats.json"))) >= n, process)
             children = children_of(process.pid)
             process.send_signal(signal.SIGKILL)
+            hold.unlink()
             process.communicate()
-        hold.unlink()
         for child in children:  # workers end by themselves once their parent is gone
             wait_until(lambda pid=child: not alive(pid))
         assert_no_half_files(out)
