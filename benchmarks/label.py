@@ -42,7 +42,7 @@ from opencloc.vesl.owl import OwlDetector, TextCache
 from opencloc.vesl.phrases import extract_phrases, ngram_phrases
 from opencloc.vesl.run import RunConfig, run_label
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for examples/, in the workers too
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `constant_detector`, in the workers too
 DETECTIONS = 40  # per image, what an open-vocabulary detector leaves above the threshold
 RESOLUTION = 448
 
@@ -215,7 +215,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/label"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    yolox = f"examples/yolox_detector.py:make_detector?model={Path(arguments.yolox).resolve()}" if arguments.yolox else None
+    example = Path(__file__).parents[1] / "examples" / "yolox_detector.py"
+    yolox = f"{example}:make_detector?model={Path(arguments.yolox).resolve()}" if arguments.yolox else None
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         tars = make_shards(arguments.data, folder / "tars", 4, arguments.images)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from opencloc.cli import main
 from opencloc.data.scenes.scenes import SceneConfig, write_scenes
 from opencloc.data.sidecar import read_sidecar
 from opencloc.vesl import run as run_module
@@ -136,6 +137,22 @@ def test_retry_failed_redoes_only_shards_with_failures(scenes: str, tmp_path: Pa
     report = run_label(config, RunConfig(retry_failed=True))
     assert (report.finished_before, len(report.reports), report.skipped()) == (2, 2, {})
     assert_same_labels(tmp_path, undisturbed)
+
+
+def test_without_a_detector_the_command_says_what_to_give(scenes: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["label", "--data", scenes])
+    assert "google/owlv2" in capsys.readouterr().err
+
+
+def test_an_address_with_a_password_does_not_reach_the_console(scenes: str, tmp_path: Path, capsys) -> None:
+    url = "https://user:PASSWORD@host.invalid/v1?api_key=PASSWORD"
+    for option in ("--captions.captioner", "--data"):
+        arguments = ["label", "--detector", f"{ORACLE}:broken", "--out", str(tmp_path), "--data", scenes, option, url]
+        with contextlib.suppress(SystemExit):
+            assert main(arguments) == 1
+    said = capsys.readouterr()
+    assert "PASSWORD" not in said.out + said.err
 
 
 def test_models_that_cannot_be_loaded_stop_the_run_at_once(scenes: str, tmp_path: Path) -> None:
