@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
             raise  # torch's own subclasses are bugs, not messages
-        print(f"opencloc {verb}: {error}", file=sys.stderr)
+        from opencloc.errors import redacted
+
+        print(f"opencloc {verb}: {redacted(str(error))}", file=sys.stderr)
         return 1
 
 
@@ -116,10 +118,12 @@ def _eval(arguments: list[str]) -> None:
 def _label(arguments: list[str]) -> int:
     """Make region-text labels for images: caption, phrases, detection (VESL)"""
     from opencloc.vesl.config import LabelConfig
-    from opencloc.vesl.run import RunConfig, run_label
+    from opencloc.vesl.run import RunConfig, format_report, run_label
 
     parsed = _parse(_group("Label", label=LabelConfig, run=RunConfig), arguments, "label")
-    return run_label(parsed.label, parsed.run).exit_code
+    report = run_label(parsed.label, parsed.run)
+    print(format_report(report))
+    return report.exit_code
 
 
 def _data_stats(arguments: list[str]) -> None:

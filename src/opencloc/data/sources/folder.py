@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from opencloc import files
 from opencloc.data.record import IMAGE_EXTENSIONS, parse_record
 from opencloc.data.sample import Sample
-from opencloc.data.sidecar import SidecarRow, read_labels, with_labels
+from opencloc.data.sidecar import SidecarRow, is_label_file, read_labels, with_labels
 from opencloc.errors import BadSample
 from opencloc.images import decode_image
 
@@ -20,7 +20,7 @@ from opencloc.images import decode_image
 class FolderConfig:
     """How an image folder is read."""
 
-    sidecar: str | None = None  # name of the labels beside the folder, or FOLDER/name; they replace the json's regions
+    sidecar: str | None = None  # name of the labels in the folder, or FOLDER/name; they replace the json's regions
     image_px: int | None = None  # decode JPEGs no larger than needed for this long side; None: in full
 
 
@@ -47,6 +47,8 @@ class ImageFolder:
                 self.skipped["name is not utf-8"] += 1
             elif extension in ("json", "txt"):
                 notes.add(name)
+            elif extension == "parquet":
+                pass  # labels that lie in the folder
             elif extension.lower() not in IMAGE_EXTENSIONS or not key or key.endswith("/"):
                 self.skipped["not an image"] += 1
             elif key in keys:
@@ -57,7 +59,7 @@ class ImageFolder:
         if not self._names:
             raise ValueError(f"{location}: no image among {len(names)} files (*.{', *.'.join(IMAGE_EXTENSIONS)})")
         self._notes = {note for note in notes if note.rpartition(".")[0] in keys}
-        if alone := len(notes - self._notes):
+        if alone := sum(not is_label_file(note) for note in notes - self._notes):
             self.skipped["annotation without an image"] = alone
         self._labels: dict[str, SidecarRow] | None = None
         if self.config.sidecar is not None:
