@@ -56,7 +56,7 @@ def _build(config: TrainConfig, resume_from: Path | None) -> tuple[ClocModel, Cl
     region = {
         name: getattr(model_config, name)
         for name in ("prompter", "prompter_heads", "prior_slope", "shared_positions", "box_head")
-    }
+    } | {"regions_trained": config.loss.region_weight > 0}
     if model_config.init_from is not None:
         kind = AutoConfig.from_pretrained(model_config.init_from).model_type
         if kind == "cloc":
