@@ -31,7 +31,16 @@ from transformers.configuration_utils import SubConfigSpec
 from opencloc.model import towers
 from opencloc.model.packing import PackedTexts, join
 from opencloc.model.prompter import PROMPTERS, AnchoredBoxHead, CrossPrompter, MlpBoxHead, Prompter
-from opencloc.model.prompts import Box, Prompt, PromptBatch, PromptEncoder, Text, check_boxes, concatenate, patch_centres
+from opencloc.model.prompts import (
+    Box,
+    Prompt,
+    PromptBatch,
+    PromptEncoder,
+    Text,
+    check_boxes,
+    concatenate,
+    patch_centres,
+)
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's clip on the temperature
 POSITION_STD = 0.02  # transformers' initial spread of CLIP's position embeddings
@@ -259,9 +268,11 @@ class ClocModel(PreTrainedModel):
             check_boxes(padded)
             batch = self.prompt_encoder.boxes(padded)
         else:
+            if not all(isinstance(image, Tensor | Sequence) for image in prompts):
+                raise TypeError("prompts are a list of prompts for each image")
             listed = [[_as_prompt(p) for p in image] for image in prompts]
             if not self.has_text_prompts and any(_has_text(p) for image in listed for p in image):
-                raise ValueError(self._no_text_prompts())
+                raise ValueError(self.no_text_prompts())
             counts = [len(image) for image in listed]
             batch = self.prompt_encoder(listed)
         embeddings = self._prompt(features, batch)
@@ -273,7 +284,7 @@ class ClocModel(PreTrainedModel):
         Raises ValueError if the Prompter has no text prompts.
         """
         if self.box_head is None:
-            raise ValueError(self._no_text_prompts())
+            raise ValueError(self.no_text_prompts())
         self._check_trained()
         boxes = self.box_head(self.prompter(features.tokens, self.prompt_encoder.texts(texts))).clamp(0, 1)
         first, second = boxes.chunk(2, dim=-1)  # the published head does not order its corners
@@ -284,7 +295,8 @@ class ClocModel(PreTrainedModel):
         tokens = features.tokens if features.pool_input is None else features.pool_input
         return _normalize(self.prompter(tokens, prompts).embedding)
 
-    def _no_text_prompts(self) -> str:
+    def no_text_prompts(self) -> str:
+        """The message of the error where a text is prompted and the Prompter has no text prompts."""
         able = " or ".join(repr(name) for name, kind in PROMPTERS.items() if kind.has_text_prompts)
         return f"the {self.config.prompter} Prompter has no text prompts and cannot ground: use prompter={able}"
 
@@ -346,11 +358,9 @@ def _normalize(x: Tensor) -> Tensor:
     return F.normalize(x.float(), dim=-1)
 
 
-def _as_prompt(prompt: Any) -> Prompt:
-    if isinstance(prompt, Tensor) and prompt.shape == (4,):
-        x0, y0, x1, y1 = prompt.tolist()
-        return Box(x0, y0, x1, y1)
-    return prompt
+def _as_prompt(prompt: Any) -> Any:
+    """A row of a tensor of boxes as a `Box`, anything else as it is."""
+    return Box(*prompt.tolist()) if isinstance(prompt, Tensor) and prompt.shape == (4,) else prompt
 
 
 def _has_text(prompt: Prompt) -> bool:
