@@ -334,7 +334,7 @@ def test_the_cross_prompter_starts_with_the_image_tokens_as_values(make_model: M
 
 def test_configurations_offer_exactly_the_prompters_there_are() -> None:
     for config in (ClocConfig, ModelConfig):
-        assert re.findall(r'"(\w+)"', config.__annotations__["prompter"]) == list(PROMPTERS)
+        assert re.findall(r"""["'](\w+)["']""", str(config.__annotations__["prompter"])) == list(PROMPTERS)
 
 
 @pytest.mark.parametrize("prompter", PROMPTERS)
