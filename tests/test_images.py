@@ -13,7 +13,7 @@ from PIL import Image
 
 from opencloc import images
 from opencloc.errors import BadSample
-from opencloc.images import as_mask, as_rgb, decode_image, is_oriented, open_image
+from opencloc.images import as_mask, as_rgb, decode_image, is_oriented, letterbox_array, open_image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 4), dtype=np.uint8)
 RGB = Image.fromarray(PIXELS[..., :3])
@@ -51,6 +51,12 @@ def test_file_bytes_and_pillow_image_give_the_pixels_of_the_data_reader(mode: st
     assert expected.shape == (6, 9, 3)
     for source in (data, tmp_path / "x.png", str(tmp_path / "x.png"), Image.open(tmp_path / "x.png"), MODES[mode]):
         np.testing.assert_array_equal(np.asarray(open_image(source)), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_square_shows_the_pixels_of_the_data_reader(mode: str) -> None:
+    read = letterbox_array(decode_image(encoded(MODES[mode]), "x"), 9)
+    np.testing.assert_array_equal(letterbox_array(MODES[mode], 9), read)
 
 
 def test_cmyk_images_are_converted_and_floats_refused() -> None:

@@ -67,7 +67,10 @@ def decode_image(
     if max_px is not None and max_px < max(width, height):
         scale = max_px / max(width, height)
         image.draft(None, (max(1, int(np.ceil(width * scale))), max(1, int(np.ceil(height * scale)))))
-    return as_rgb(image, where, oriented=oriented)
+    rgb = as_rgb(image, where, oriented=oriented)
+    if not oriented:
+        rgb.info[_DECIDED] = True
+    return rgb
 
 
 def as_rgb(image: Image.Image, where: str = "image", *, oriented: bool = False) -> Image.Image:
@@ -82,8 +85,6 @@ def as_rgb(image: Image.Image, where: str = "image", *, oriented: bool = False) 
                 rgb.info.pop(name, None)
     except Exception as error:  # a lazy image is read only now, and Pillow raises a whole zoo
         raise BadSample("broken image", where, str(error)) from error
-    if turn is not None or not oriented:
-        rgb.info[_DECIDED] = True
     return rgb
 
 
@@ -215,7 +216,7 @@ def letterbox_array(image: Image.Image, size_px: int) -> np.ndarray:
     The image is placed with sub-pixel accuracy at the very place `Letterbox.to_square` says: the resampled content
     covers the exact (unrounded) rectangle, bars cover the rest.
     """
-    image = image if image.mode == "RGB" else image.convert("RGB")  # which copies even what is RGB
+    image = _to_rgb(image)
     width, height = image.size
     if width == height:
         return np.asarray(image.resize((size_px, size_px), Image.Resampling.BICUBIC))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from transformers import AutoModel, PreTrainedTokenizerFast
 
 import opencloc
 from opencloc import Box, ClocConfig, ClocModel, ClocProcessor, Mask, Point, Predictor, Text
+from opencloc.config import LossConfig
 from opencloc.model import predictor as module
 from opencloc.model.predictor import EncodedImage
+from opencloc.presets import tiny
+from opencloc.train import build
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (40, 80, 3), dtype=np.uint8)
 MakePredictor = Callable[..., Predictor]
@@ -62,7 +66,6 @@ def test_importing_opencloc_imports_neither_torch_nor_transformers() -> None:
     [
         "import opencloc; from transformers import AutoConfig",
         "from transformers import AutoConfig; import opencloc",
-        "import opencloc.model.towers; from transformers import AutoConfig",
     ],
 )
 def test_importing_opencloc_registers_the_auto_classes(imports: str) -> None:
@@ -111,12 +114,16 @@ def test_load_pools_regions_with_the_tower_of_any_clip(
             ask()
 
 
-def test_a_model_without_trained_regions_says_what_to_do(make: MakePredictor, tmp_path: Path) -> None:
+def test_a_model_without_trained_regions_says_what_to_do(make: MakePredictor, monkeypatch: pytest.MonkeyPatch) -> None:
     predictor = make(regions_trained=False)
     photo = predictor.encode(PIXELS)
     for ask in (lambda: predictor.embed(photo, points_px=[[1, 1]]), lambda: predictor.ground(photo, "a dog")):
         with pytest.raises(ValueError, match=r"never trained.*opencloc export"):
             ask()
+    monkeypatch.setattr(build, "texts_of", lambda _: ["a dog"])
+    for weight in (0.0, 1.0):
+        trained, _ = build.build_model(replace(tiny(), loss=LossConfig(region_weight=weight)))
+        assert trained.config.regions_trained == (weight > 0)
 
 
 # -- encode --------------------------------------------------------------------------------------------------------

@@ -54,10 +54,11 @@ def _build(config: TrainConfig, resume_from: Path | None) -> tuple[ClocModel, Cl
     if resume_from is not None:
         processor = ClocProcessor.from_pretrained(resume_from)
         return ClocModel(ClocConfig.from_pretrained(resume_from)), processor
-    region = {
+    region: dict[str, Any] = {
         name: getattr(model_config, name)
         for name in ("prompter", "prompter_heads", "prior_slope", "shared_positions", "box_head")
-    } | {"regions_trained": False}
+    }
+    region["regions_trained"] = False  # until `build_model` knows what for
     if model_config.init_from is not None:
         kind = AutoConfig.from_pretrained(model_config.init_from).model_type
         if kind == "cloc":
