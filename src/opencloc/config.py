@@ -56,8 +56,9 @@ class ModelConfig(Strict):
     """Folder or hub id of a tokenizer.  None: one is trained on the texts of the training data."""
     vocab_size: int = 49408
     """Most entries of a tokenizer trained on the data."""
-    prompter: Literal["cross", "encoder", "roi"] = "cross"
-    """Form of the Prompter; `encoder` is the published one, `roi` the RoIAlign baseline."""
+    prompter: Literal["cross", "encoder", "roi", "pool"] = "cross"
+    """Form of the Prompter; `encoder` is the published one, `roi` the RoIAlign baseline, `pool` the tower's own pooling
+    restricted to the region (no text prompts, no weights)."""
     prompter_heads: int = 4
     """Attention heads of the cross Prompter."""
     prior_slope: float | None = 1.5
