@@ -1,10 +1,12 @@
 """Does the score of `Predictor.ground` tell names that are in an image from names that are not?
 
-    python benchmarks/presence.py --model runs/quickstart/cloc/model --out results/presence
+    python -m benchmarks.presence --model runs/quickstart/cloc/model --out results/presence
 
 For every scene the names of its things (present) and as many names of the same world that are not in it (absent) are
 grounded together.  Beside the score: the parts that it is made of and the cosine with the whole image.  AUC is the
-chance that a present name scores above an absent one.  Prints Markdown; figures go to OUT/figures.json.
+chance that a present name scores above an absent one.
+
+Prints Markdown and writes it to OUT/tables.md, with the figures in OUT/figures.json.
 """
 
 from __future__ import annotations
@@ -16,16 +18,16 @@ import numpy as np
 import torch
 
 import opencloc
-from opencloc.files import write_json
+from benchmarks.common import facts, save, table
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a CLOC model")
     parser.add_argument("--data", default="scenes:rich?num_things=120&seed=1", help="a source with named regions")
     parser.add_argument("--num-images", type=int, default=256)
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
 
     predictor, source = opencloc.load(args.model), opencloc.open_source(args.data)
     samples = [source[i] for i in range(args.num_images)]
@@ -46,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         scores["whole image"] += (texts @ photo.features.embedding[0]).tolist()
 
     is_there = np.array(present)
-    figures = {
+    figures = facts() | {
         "images": len(samples),
         "present": int(is_there.sum()),
         "absent": int((~is_there).sum()),
@@ -55,12 +57,9 @@ def main(arguments: list[str] | None = None) -> None:
         "score of absent, 5 / 50 / 95 %": np.percentile(np.array(scores["score"])[~is_there], (5, 50, 95)).tolist(),
         "right at 0.5": float(((np.array(scores["score"]) > 0.5) == is_there).mean()),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "figures.json", figures)
-    print(f"{len(samples)} images, {figures['present']} present names and {figures['absent']} absent ones\n")
-    print("| by | AUC |\n|---|---:|")
-    for what, value in figures["auc"].items():
-        print(f"| {what} | {value:.3f} |")
+    count = f"{len(samples)} images, {figures['present']} present names and {figures['absent']} absent ones"
+    rows = [[what, f"{value:.3f}"] for what, value in figures["auc"].items()]
+    save(args.out, figures, f"{count}\n\n{table(['by', 'AUC'], rows)}", page="tables.md")
 
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float:

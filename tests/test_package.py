@@ -13,10 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from opencloc.presets import tiny
-from opencloc.train.build import build_model
-from opencloc.train.checkpoint import save_model
-from tests.test_docs import python_of
+from tests.test_docs import python_of, save_untrained
 
 ROOT = Path(__file__).parents[1]
 SITE = Path(pytest.__file__).parents[1]  # where the heavy dependencies are installed
@@ -62,10 +59,8 @@ def test_the_wheel_runs_the_python_of_the_readme_in_an_empty_environment(wheel: 
     where = run(python, "-c", "import opencloc; print(opencloc.__file__, opencloc.__version__)", cwd=tmp_path).split()
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert where == [str(site / "opencloc" / "__init__.py"), version]
-    model, processor = build_model(tiny())
-    save_model(tmp_path / "runs/quickstart/cloc/model", model, processor)
-    for code in python_of(ROOT / "README.md"):
-        run(python, "-c", code, cwd=tmp_path)
+    save_untrained(tmp_path / "runs/quickstart/cloc/model")
+    run(python, "-c", "\n".join(python_of(ROOT / "README.md")), cwd=tmp_path)
 
 
 def test_the_citation_names_the_version_of_the_package() -> None:

@@ -30,6 +30,7 @@ from opencloc.data.sources.spec import open_source
 from opencloc.data.tars.shards import ShardWriter, iter_shard
 from opencloc.images import letterbox_array
 from opencloc.presets import tiny
+from tests.test_docs import save_untrained
 from tests.vesl.checkpoints import save_owl
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +65,7 @@ def test_every_program_has_a_smoke_test() -> None:
 # -- the model -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_step(run: Run, photos: Path) -> None:
     sizes = "--preset", "tiny", "--batch-size", 2, "--rounds", 1, "--flops-batch-size", 2
     out = run("step", "--data", photos, *sizes)
@@ -129,6 +131,12 @@ def test_regions(run: Run, photos: Path) -> None:
     assert (out / "tables.md").read_text().count("\n| ") == 5
 
 
+def test_presence(run: Run, tmp_path: Path) -> None:
+    save_untrained(tmp_path / "model")
+    out = run("presence", "--model", tmp_path / "model", "--num-images", 2)
+    assert set(json.loads((out / "figures.json").read_text())["auc"]) == {"score", "own box", "whole image"}
+
+
 def test_loss(run: Run) -> None:
     out = run("loss", "--rows", 64, "--repeats", 1)
     (case,) = json.loads((out / "figures.json").read_text())["cases"]
@@ -165,6 +173,7 @@ def test_soak(run: Run) -> None:
 # -- labels --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_label(run: Run, photos: Path, tmp_path: Path) -> None:
     owl = save_owl(tmp_path / "owl")
     out = run("label", "--data", photos, "--yolox", "", "--owlv2", owl, "--images", 3, "--workers", 0)
