@@ -95,7 +95,7 @@ def test_every_result_names_what_made_it() -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_of(page)], ids=lambda page: page.name)
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder where the quickstart's model lies, untrained.  A block may need an optional package that is not here."""
+    """In a folder where the quickstart's model lies, untrained.  A block may need a package that is not here."""
     save_untrained(tmp_path / "runs/quickstart/cloc/model")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "__main__"}

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import data_libraries, patch_dropout, scene_detector, step_setup, study
+from benchmarks import data_libraries, patch_dropout, presence, scene_detector, step_setup, study
 from examples.yolox_detector import COCO_CLASSES
 from opencloc.data.sidecar import SidecarRow, sidecar_path, write_sidecar
 from opencloc.data.sources.coco import Coco, CocoConfig
@@ -134,7 +134,13 @@ def test_regions(run: Run, photos: Path) -> None:
 def test_presence(run: Run, tmp_path: Path) -> None:
     save_untrained(tmp_path / "model")
     out = run("presence", "--model", tmp_path / "model", "--num-images", 2)
-    assert set(json.loads((out / "figures.json").read_text())["auc"]) == {"score", "own box", "whole image"}
+    figures = json.loads((out / "figures.json").read_text())
+    assert figures["present"] == figures["absent"] > 0
+    assert set(figures["auc"]) == {"score", "own box", "whole image"}
+
+
+def test_auc_is_the_share_of_pairs_in_order() -> None:
+    assert presence.auc(np.array([0.1, 0.9, 0.5, 0.5]), np.array([False, True, True, False])) == 0.875
 
 
 def test_loss(run: Run) -> None:

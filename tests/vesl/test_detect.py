@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForZeroShotObjectDetection, AutoTokenizer
 
-from opencloc.vesl.detect import Detections, load_detector
+from opencloc.vesl.detect import Detections
+from opencloc.vesl.detectors import load_detector
 from opencloc.vesl.owl import PAD_GREY, OwlDetector, TextCache
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests are no packages; checkpoints.py lies beside this file

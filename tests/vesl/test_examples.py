@@ -14,7 +14,7 @@ from PIL import Image
 
 from opencloc.boxes import pairwise_iou
 from opencloc.data.sources.coco import Coco, CocoConfig
-from opencloc.vesl.detect import load_detector
+from opencloc.vesl.detectors import load_detector
 from opencloc.vesl.filters import FilterConfig, filter_detections
 
 pytest.importorskip("onnxruntime", reason="needs the extra `onnx`")

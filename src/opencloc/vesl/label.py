@@ -21,7 +21,7 @@ from opencloc.data.tars.shards import expand_urls, iter_shard
 from opencloc.errors import BadSample, redacted
 from opencloc.vesl.captioners import load_captioner
 from opencloc.vesl.config import LabelConfig, config_hash, versions
-from opencloc.vesl.detect import load_detector
+from opencloc.vesl.detectors import load_detector
 from opencloc.vesl.engine import Engine, Skipped, Tally, is_unicode, label_samples
 from opencloc.vesl.phrases import MAX_PHRASES, NGRAM_MAX_PHRASES, extract_phrases, ngram_phrases, tagger_weights
 
