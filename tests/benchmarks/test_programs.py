@@ -135,7 +135,7 @@ def test_presence(run: Run, tmp_path: Path) -> None:
     save_untrained(tmp_path / "model")
     out = run("presence", "--model", tmp_path / "model", "--num-images", 2)
     figures = json.loads((out / "figures.json").read_text())
-    assert figures["present"] == figures["absent"] > 0
+    assert figures["present"] >= figures["absent"] > 0
     assert set(figures["auc"]) == {"score", "own box", "whole image"}
 
 
