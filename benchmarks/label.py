@@ -20,14 +20,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from transformers import CLIPTokenizer, Owlv2Config, Owlv2ForObjectDetection
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 
@@ -35,6 +33,7 @@ from opencloc.data.sidecar import read_sidecar, write_sidecar
 from opencloc.data.sources.coco import Coco, CocoConfig
 from opencloc.data.tars.shards import ShardWriter, iter_shard
 from opencloc.train.loop import has_native_bf16
+from opencloc.vesl.captioners import CaptionConfig
 from opencloc.vesl.config import LabelConfig
 from opencloc.vesl.detect import Detections
 from opencloc.vesl.filters import FilterConfig, filter_detections
@@ -43,7 +42,7 @@ from opencloc.vesl.owl import OwlDetector, TextCache
 from opencloc.vesl.phrases import extract_phrases, ngram_phrases
 from opencloc.vesl.run import RunConfig, run_label
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for examples/, in the workers too
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `constant_detector`, in the workers too
 DETECTIONS = 40  # per image, what an open-vocabulary detector leaves above the threshold
 RESOLUTION = 448
 
@@ -87,9 +86,9 @@ def engine_cost(shard: str, folder: Path) -> tuple[dict[str, float], dict[str, f
     """(CPU milliseconds per image of all but the models, as a whole and by step; what a sidecar holds and weighs)."""
     config = LabelConfig(
         data=(shard,),
-        output=str(folder / "engine"),
+        out=str(folder / "engine"),
         detector="benchmarks.label:constant_detector",
-        captions=dataclasses.replace(LabelConfig(data=("-",)).captions, existing_text="all-captions"),
+        captions=CaptionConfig(existing_text="all-captions"),
     )
     (unit,) = find_shards(config)
     engine = load_engine(config)
@@ -185,8 +184,8 @@ def scaling(tars: Sequence[str], folder: Path, detector: str) -> list[dict[str, 
     """
     rows = []
     for workers in (1, 2):
-        config = LabelConfig(data=tuple(tars), output=str(folder / f"workers{workers}"), detector=detector)
-        report = run_label(config, RunConfig(workers=workers), console=Console(file=StringIO()))
+        config = LabelConfig(data=tuple(tars), out=str(folder / f"workers{workers}"), detector=detector)
+        report = run_label(config, RunConfig(workers=workers))
         if not report.complete:
             raise RuntimeError(f"the run with {workers} workers failed: {report.stopped or report.failed_shards}")
         busy = sum(one.seconds["total"] for one in report.reports)
@@ -216,7 +215,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/label"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    yolox = f"examples.yolox_detector:factory?model={Path(arguments.yolox).resolve()}" if arguments.yolox else None
+    example = Path(__file__).parents[1] / "examples" / "yolox_detector.py"
+    yolox = f"{example}:make_detector?model={Path(arguments.yolox).resolve()}" if arguments.yolox else None
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         tars = make_shards(arguments.data, folder / "tars", 4, arguments.images)

