@@ -114,7 +114,7 @@ def test_an_interrupted_run_is_reported_and_goes_on_where_it_was(scenes: str, tm
     summary = format_report(report)
     assert summary.splitlines()[0] == str(tmp_path)
     assert "8 images labelled" in summary
-    assert "2 shards are left" in summary
+    assert "2 shards left" in summary
     assert "same command again" in summary
     again = run_label(config)
     assert (again.finished_before, len(again.reports), again.complete) == (2, 2, True)
@@ -155,13 +155,12 @@ def test_an_address_with_a_password_does_not_reach_the_console(scenes: str, tmp_
     assert "PASSWORD" not in said.out + said.err
 
 
-def test_models_that_cannot_be_loaded_stop_the_run_at_once(scenes: str, tmp_path: Path) -> None:
-    config = LabelConfig(data=(scenes,), out=str(tmp_path), detector=f"{ORACLE}:broken")
-    report = run_label(config)
-    assert report.stopped is not None
-    assert report.stopped.endswith("RuntimeError: no such weights")
-    assert report.not_started == SHARDS
-    assert not report.complete
+def test_models_that_cannot_be_loaded_stop_the_run_and_leave_nothing(scenes: str, tmp_path: Path) -> None:
+    broken = LabelConfig(data=(scenes,), out=str(tmp_path), detector=f"{ORACLE}:broken")
+    with pytest.raises(ValueError, match="RuntimeError: no such weights"):
+        run_label(broken)
+    assert not list(tmp_path.iterdir())
+    assert run_label(configure(scenes, tmp_path)).complete  # the corrected command
 
 
 class FakeWorkers:

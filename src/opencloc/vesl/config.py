@@ -104,12 +104,13 @@ def manifest_path(folder: str, name: str) -> str:
     return f"{folder}/{name}_manifest.json" if folder else f"{name}_manifest.json"
 
 
-def write_manifests(config: LabelConfig, folders: Iterable[str]) -> None:
-    """Writes a manifest into every folder that gets labels, making the folder, or checks the one that is there.
+def write_manifests(config: LabelConfig, folders: Iterable[str]) -> list[str]:
+    """Paths of the manifests written: one into every folder that gets labels, unless it is there and agrees.
 
     Raises ValueError, naming the manifest and every field that differs, if the labels of this name were made with
     another recipe.
     """
+    written = []
     for folder in folders:
         path = manifest_path(folder, config.name)
         if files.exists(path):
@@ -126,6 +127,8 @@ def write_manifests(config: LabelConfig, folders: Iterable[str]) -> None:
             "versions": versions(),
         }
         files.write_json(path, content)
+        written.append(path)
+    return written
 
 
 def _check_manifest(path: str, config: LabelConfig) -> None:

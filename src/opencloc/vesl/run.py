@@ -101,21 +101,25 @@ def format_report(report: RunReport) -> str:
     lines = [
         *report.folders,
         f"{labelled:,} images labelled with {regions:,} regions, {report.images - labelled:,} skipped, in "
-        f"{len(report.reports)} shards{before}; {report.seconds:.0f} s{speed}",
+        f"{_shards(len(report.reports))}{before}; {report.seconds:.0f} s{speed}",
     ]
     lines += [
         f"  skipped: {one.count:,} {reason}, for example {'; '.join(one.examples)}" for reason, one in skipped.items()
     ]
     if report.failed_shards:
-        lines.append(f"{len(report.failed_shards)} shards given up:")
+        lines.append(f"{_shards(len(report.failed_shards))} given up:")
         lines += [f"  {shard}: {why}" for shard, why in report.failed_shards.items()]
     if report.stopped is not None:
-        lines.append(f"Stopped: {report.stopped}. {report.not_started} shards are left.")
+        lines.append(f"Stopped: {report.stopped}. {_shards(report.not_started)} left.")
     if not report.complete:
         lines.append("Run the same command again to go on; finished shards are kept.")
     if skipped:
         lines.append("--retry-failed tries only the skipped images again.")
     return redacted("\n".join(lines))
+
+
+def _shards(count: int) -> str:
+    return f"{count} shard{'' if count == 1 else 's'}"
 
 
 def run_label(config: LabelConfig, run: RunConfig | None = None) -> RunReport:
@@ -126,14 +130,14 @@ def run_label(config: LabelConfig, run: RunConfig | None = None) -> RunReport:
     `max_attempts` times, after the others.
 
     Raises FileNotFoundError or ValueError for input that is not there, and ValueError if labels of this name were made
-    with another configuration.
+    with another configuration, or the run had to stop before it labelled anything.
     """
     run = run or RunConfig()
     start = time.perf_counter()
     shards = find_shards(config)
     folders = sorted({os.path.dirname(shard.sidecar) for shard in shards})
     pending, finished = _split(config, shards)
-    write_manifests(config, folders)
+    new_manifests = write_manifests(config, folders)
     if run.retry_failed:
         redo = {shard for shard in finished if _has_skipped(shard)}
         pending, finished = [*pending, *redo], [shard for shard in finished if shard not in redo]
@@ -149,6 +153,11 @@ def run_label(config: LabelConfig, run: RunConfig | None = None) -> RunReport:
         except KeyboardInterrupt:
             report.stopped = INTERRUPTED
         report.not_started = len(pending) - len(report.reports) - len(report.failed_shards)
+    if report.stopped and report.stopped != INTERRUPTED and not (report.reports or finished):
+        for path in new_manifests:  # or the corrected command would be another configuration
+            if local := files.local_path(path):
+                os.unlink(local)
+        raise ValueError(report.stopped)
     if report.complete:
         _remove_partial_files(config, shards)
     report.seconds = time.perf_counter() - start
@@ -172,11 +181,11 @@ def _drive(workers: Workers, queue: deque[tuple[Shard, int]], max_attempts: int,
                 yield
                 continue
             failures_in_a_row += 1
-            # Said at once, since the summary may be hours away.
-            _say(f"{outcome.shard.label}: attempt {number} of {max_attempts} failed: {outcome.problem}")
             if outcome.fatal:
                 report.stopped = outcome.problem
                 return
+            # Said at once, since the summary may be hours away.
+            _say(f"{outcome.shard.label}: attempt {number} of {max_attempts} failed: {outcome.problem}")
             if number < max_attempts:
                 queue.append((outcome.shard, number + 1))
             else:

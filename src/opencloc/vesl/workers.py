@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from opencloc.vesl.captioners import CaptionerError
 from opencloc.vesl.config import LabelConfig
 from opencloc.vesl.engine import ModelFailure
 from opencloc.vesl.label import Progress, Shard, ShardReport, label_shard, load_engine
@@ -70,7 +71,7 @@ def attempt(config: LabelConfig, shard: Shard, retry: bool, progress: Progress |
 
 
 def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, ValueError | CaptionerError) else f"{type(error).__name__}: {error}"
 
 
 class InProcess:
