@@ -55,7 +55,8 @@ def clipped_px(boxes_px: np.ndarray, width_px: int, height_px: int) -> np.ndarra
     tolerance = np.maximum(1.0, 0.01 * size)
     clipped = np.clip(boxes_px, 0, size)
     for i, (box, inside) in enumerate(zip(boxes_px, clipped, strict=True)):
-        where = f"box {i} is {box.tolist()}, on an image of {width_px} x {height_px} pixels"
+        which = f"box {i}" if len(boxes_px) > 1 else "the box"
+        where = f"{which} is {box.tolist()}, on an image of {width_px} x {height_px} pixels"
         if not np.isfinite(box).all():
             raise ValueError(f"{where}: it is not finite")
         if (box < -tolerance).any() or (box > size + tolerance).any():

@@ -201,6 +201,9 @@ def test_a_box_a_little_outside_is_clipped(predictor: Predictor, photo: EncodedI
 def test_bad_boxes_are_named(predictor: Predictor, photo: EncodedImage, box: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         predictor.embed(photo, boxes_px=[box])
+    if len(box) == 4:
+        with pytest.raises(ValueError, match=f"box 1 .*{message}"):
+            predictor.embed(photo, boxes_px=[[1, 1, 9, 9], box])
 
 
 def test_what_is_no_prompt_is_an_error_that_says_what_is_taken(predictor: Predictor, tmp_path: Path) -> None:

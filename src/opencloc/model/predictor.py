@@ -163,7 +163,8 @@ class Predictor:
         """
         _check_encoded(image)
         listed = [prompts] if isinstance(prompts, Box | Point | Mask | Text) else _list(prompts, "prompts")
-        listed += [Box(*box) for box in _rows(boxes_px, 4, "boxes_px")]
+        boxes = np.array(_rows(boxes_px, 4, "boxes_px"), dtype=np.float64).reshape(-1, 4)
+        listed += [Box(*box) for box in clipped_px(boxes, *image.image.size).tolist()]
         listed += [Point(*point) for point in _rows(points_px, 2, "points_px")]
         listed += [Mask(mask) for mask in _list(masks, "masks")]
         listed += [Text(text) for text in _texts(texts)]

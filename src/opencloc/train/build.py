@@ -58,7 +58,7 @@ def _build(config: TrainConfig, resume_from: Path | None) -> tuple[ClocModel, Cl
         name: getattr(model_config, name)
         for name in ("prompter", "prompter_heads", "prior_slope", "shared_positions", "box_head")
     }
-    region["regions_trained"] = False  # until `build_model` knows what for
+    region["regions_trained"] = False  # `build_model` says otherwise where the loss has regions
     if model_config.init_from is not None:
         kind = AutoConfig.from_pretrained(model_config.init_from).model_type
         if kind == "cloc":
