@@ -98,12 +98,11 @@ def _train(arguments: list[str]) -> int | None:
 
 def _eval(arguments: list[str]) -> None:
     """Score encoders side by side: opencloc eval [TASK ...] --data LOCATION --model FOLDER ..."""
-    from opencloc.eval.registry import BENCHMARKS
+    from opencloc.eval.registry import BENCHMARKS, SOURCE_TASKS
     from opencloc.eval.run import EvalConfig, run_eval
-    from opencloc.eval.tasks import TASKS
 
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"{_eval.__doc__}\n\nTasks on any source (default: all four): {', '.join(TASKS).replace('_', '-')}")
+    if not arguments or arguments[0] in HELP:
+        print(f"{_eval.__doc__}\n\nTasks on any source (default: all four): {', '.join(SOURCE_TASKS)}")
         print("Tasks on a public set, from its own files (docs/guides/evaluate.md):")
         for name, benchmark in BENCHMARKS.items():
             print(f"  {name:<20} {benchmark.help}")
