@@ -1,10 +1,10 @@
 """The generated world: scenes of named things with exact boxes, captions, label noise and held-out parts.
 
-This file owns what is in a scene, where, and how it is labelled; `sprites` owns how a thing looks, `things` what it is
-called, `wording` the sentences.  `Scenes(config)[i]` is a pure function of the config and i.
+Here is what a scene shows, where, and how it is labelled; `sprites` draws things, `things` names them, `sentences`
+speaks of them.  `Scenes(config)[i]` is a pure function of the config and i.
 
-Every kind of choice has its own random stream, so options can be compared on the same scenes: neither the drawing
-style, nor the resolution, nor the kind of captions, nor label noise changes which things lie where.
+Every kind of choice has its own random stream, so that options can be compared on the same scenes: drawing style,
+resolution, kind of captions and label noise do not change which things lie where.
 
 The emoji are by OpenMoji, licence CC BY-SA 4.0 (see `sprites`); scenes made from them fall under the same licence.
 """
@@ -15,10 +15,12 @@ import colorsys
 import hashlib
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
+from pydantic.dataclasses import dataclass as checked
 
 from opencloc.data.sample import Sample
 from opencloc.data.scenes import sentences, sprites
@@ -62,42 +64,32 @@ def held_out_colour(thing: str) -> str:
     return colours[number % len(colours)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked(frozen=True, kw_only=True)
 class SceneConfig:
     """Which scenes: what they show, how they are drawn, how they are labelled.
 
-    Raises ValueError, naming the value and the allowed range, for options out of range or that do not go together.
+    Raises `ValueError` for options that are out of range or do not go together.
     """
 
     mode: Literal["easy", "rich"] = "rich"  # easy: shapes in 9 colours ("red circle"); rich: emoji ("dog")
     seed: int = 0
-    image_px: int = 64  # side of the square image; changes nothing else about a scene
-    num_things: int = 120  # rich: how many things there are, of 500; each set contains the smaller ones
-    min_objects: int = 3
-    max_objects: int = 5
+    image_px: Annotated[int, Field(ge=32, le=4096)] = 64  # side of the square image; changes nothing else of a scene
+    # rich: how many things there are; each set contains the smaller ones
+    num_things: Annotated[int, Field(ge=12, le=len(_RICH_SEEN))] = 120
+    min_objects: Annotated[int, Field(ge=1, le=8)] = 3
+    max_objects: Annotated[int, Field(ge=1, le=8)] = 5
     attributes: tuple[Attribute, ...] = ()  # words added to region texts; easy mode always has the colour
     split: Literal["train", "unseen_combinations", "unseen_things"] = "train"  # the same whatever the seed
     style: sprites.Style = "plain"
     captions: Literal["exact", "alt_text"] = "exact"  # alt_text: as on web pages, in the caption's place
-    box_jitter: float = 0.0  # each edge moves by normal noise, its deviation this share of the box's width or height
-    wrong_text: float = 0.0  # probability that a region has the text of something else
-    missing_region: float = 0.0  # probability that an object has no region
+    # each edge moves by normal noise, its deviation this share of the box's width or height
+    box_jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    wrong_text: Annotated[float, Field(ge=0, le=1)] = 0.0  # probability that a region has the text of something else
+    missing_region: Annotated[float, Field(ge=0, le=1)] = 0.0  # probability that an object has no region
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "attributes", tuple(self.attributes))
-        _one_of("mode", self.mode, ("easy", "rich"))
-        _one_of("split", self.split, ("train", "unseen_combinations", "unseen_things"))
-        _one_of("style", self.style, ("plain", "sketch"))
-        _one_of("captions", self.captions, ("exact", "alt_text"))
-        for attribute in self.attributes:
-            _one_of("attributes", attribute, ("colour", "size", "position"))
-        _within("image_px", self.image_px, 32, 4096)
-        _within("num_things", self.num_things, 12, len(_RICH_SEEN))
-        _within("min_objects", self.min_objects, 1, 8)
-        _within("max_objects", self.max_objects, self.min_objects, 8)
-        _within("box_jitter", self.box_jitter, 0.0, 0.5)
-        _within("wrong_text", self.wrong_text, 0.0, 1.0)
-        _within("missing_region", self.missing_region, 0.0, 1.0)
+        if self.max_objects < self.min_objects:
+            raise ValueError(f"max_objects is {self.max_objects}, below min_objects, {self.min_objects}")
         if self.split == "unseen_combinations" and not self.coloured:
             raise ValueError('split is "unseen_combinations"; that needs "colour" among the attributes, or mode "easy"')
 
@@ -135,16 +127,6 @@ class SceneConfig:
         places = [" " + p for row in _POSITIONS for p in row] if "position" in self.attributes else [""]
         bare = (_bare_text(thing, colour) for thing, colour in self.combinations())
         return tuple(sorted(size + text + place for text in bare for size in sizes for place in places))
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
-
-
-def _within(name: str, value: int | float, low: int | float, high: int | float) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{name} is {value}; allowed: {low} to {high}")
 
 
 def _bare_text(thing: str, colour: str | None) -> str:
