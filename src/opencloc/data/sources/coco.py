@@ -104,6 +104,11 @@ class Coco:
     def size(self) -> int:
         return len(self._file.names)
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """All categories of the file, those without boxes too."""
+        return self._file.classes
+
     def __repr__(self) -> str:
         skipped = f", skipped {dict(self.skipped)}" if self.skipped else ""
         return f"Coco({self.location!r}: {self.size} images of {self.instances_path}, {self.config}{skipped})"
