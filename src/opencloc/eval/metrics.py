@@ -230,7 +230,7 @@ def wilson(share: float, trials: int) -> tuple[float, float]:
     z2 = 1.959963984540054**2
     middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     reach = math.sqrt(z2 * (share * (1 - share) / trials + z2 / (4 * trials**2))) / (1 + z2 / trials)
-    return max(0.0, middle - reach), min(1.0, middle + reach)
+    return max(0.0, min(share, middle - reach)), min(1.0, max(share, middle + reach))
 
 
 class Rows:

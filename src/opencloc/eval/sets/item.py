@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -69,6 +69,7 @@ class Item:
     skipped: Skipped = field(default_factory=Counter)  # of this image
 
 
+@runtime_checkable
 class Items(Protocol):
     """Items by number: a list, or a source whose items are made when they are asked for."""
 
