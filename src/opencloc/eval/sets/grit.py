@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +22,8 @@ import pyarrow.parquet as pq
 
 from opencloc import files
 from opencloc.data.record import IMAGE_EXTENSIONS
-from opencloc.eval.sets.item import BAD_BOX, BOXES, IMAGES, NO_REGIONS, EvalSet, Item, Skipped, Stored
+from opencloc.data.tars.tar import index_shard
+from opencloc.eval.sets.item import BAD_BOX, BOXES, FILES, IMAGES, NO_REGIONS, EvalSet, Item, Skipped, Stored
 
 COLUMNS = ("noun_chunks", "ref_exps")
 
@@ -71,25 +71,30 @@ def _rows(location: str, column: str, images: str | None, skipped: Skipped) -> I
 def _rows_of_tar(tar: str, column: str, skipped: Skipped) -> Iterator[tuple[Stored, dict[str, Any]]]:
     parquet = tar.removesuffix(".tar") + ".parquet"
     rows = {str(row["key"]): row for row in _parquet_rows(parquet, column)} if files.exists(parquet) else None
-    stored: dict[str, Stored] = {}
-    records: dict[str, dict[str, Any]] = {}
-    with files.open_seekable(tar) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
-        for member in archive:
-            key, _, extension = member.name.rpartition(".")
-            if extension.lower() in IMAGE_EXTENSIONS:
-                stored[key] = Stored(path=tar, start=member.offset_data, num_bytes=member.size)
-            elif extension == "json" and rows is None and (file := archive.extractfile(member)) is not None:
-                try:
-                    records[key] = json.loads(file.read())
-                except ValueError as error:
-                    raise ValueError(f"{tar}: {member.name} is not JSON ({error})") from error
-    annotations = records if rows is None else rows
-    for key, image in stored.items():
-        row = annotations.get(os.path.basename(key) if rows is not None else key)
+    index = index_shard(tar)
+    skipped.update({(FILES, reason): number for reason, number in index.problems.items()})
+    for key, ((start, size), (json_start, json_size), _) in zip(index.keys, index.spans.tolist(), strict=True):
+        row = None
+        if rows is not None:
+            row = rows.get(os.path.basename(key))
+        elif json_size >= 0:
+            row = _parse(files.read_bytes(tar, json_start, json_size))
+            if row is None:
+                skipped[IMAGES, "with a broken JSON"] += 1
+                continue
         if row is None:
             skipped[IMAGES, "without annotations"] += 1
         else:
-            yield image, row
+            yield Stored(path=tar, start=start, num_bytes=size), row
+
+
+def _parse(data: bytes) -> dict[str, Any] | None:
+    """The object in a JSON text, None if there is none."""
+    try:
+        row = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _parquet_rows(path: str, column: str) -> Iterator[dict[str, Any]]:
@@ -120,11 +125,13 @@ def _find_image(folders: list[str], key: str) -> str | None:
 
 def _regions(row: dict[str, Any], column: str, where: str, skipped: Skipped) -> tuple[np.ndarray, tuple[str, ...]]:
     """Boxes (R, 4) and texts of a row."""
-    spans = row.get(column)
-    spans = json.loads(spans) if isinstance(spans, str) else spans or []  # img2dataset stores lists as text in JSON
-    caption = row.get("caption") or ""
+    spans, caption = row.get(column), row.get("caption") or ""
+    if isinstance(spans, str):  # img2dataset stores lists as text in JSON
+        spans = (_parse(f'{{"spans": {spans}}}'.encode("utf-8", "replace")) or {}).get("spans")
+    if not isinstance(spans or [], list) or not isinstance(caption, str):
+        raise ValueError(f"{where}, key {row.get('key')}: needs a caption and a list of {column}")
     boxes, texts = [], []
-    for span in spans:
+    for span in spans or []:
         if not isinstance(span, list) or len(span) < 6 or not all(isinstance(x, int | float) for x in span[:6]):
             raise ValueError(f"{where}, key {row.get('key')}: {column} holds {span!r}, not start, end and four edges")
         try:
