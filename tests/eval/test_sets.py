@@ -58,7 +58,7 @@ def test_lvis_is_a_source_for_training_too(tmp_path: Path) -> None:
 
     disk.write_lvis(tmp_path)
     source = Coco("", CocoConfig(instances=f"{tmp_path}/lvis_v1_val.json", images=str(tmp_path)))
-    assert [source[i].texts for i in range(2)] == [("aerosol_can", "mouse_(computer_equipment)"), ("zebra",)]
+    assert [source[i].texts for i in range(2)] == [("aerosol can", "mouse (computer equipment)"), ("zebra",)]
 
 
 def test_fg_ovd_boxes_have_their_true_caption_first(tmp_path: Path) -> None:

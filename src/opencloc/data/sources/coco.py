@@ -89,13 +89,14 @@ class Coco:
         self.config = config or CocoConfig()
         self.instances_path, captions_path, self.images_path = _find_files(location.rstrip("/"), self.config)
         self._file = read_coco(self.instances_path)
-        self._captions, skipped = ({}, Counter()) if captions_path is None else read_captions(captions_path)
+        self._captions, not_read = ({}, Counter()) if captions_path is None else read_captions(captions_path)
+        skipped = self._file.skipped + not_read
         if elsewhere := self._captions.keys() - set(self._file.ids):
             if len(elsewhere) == len(self._captions):
                 raise ValueError(f"{captions_path}: no caption is of an image of {self.instances_path}")
             skipped["caption of an image that is not listed"] = sum(len(self._captions[one]) for one in elsewhere)
-        self.skipped: Counter[str] = self._file.skipped + skipped  # what was left out, by reason
-        self.noticed: Counter[str] = self._file.noticed
+        self.skipped: Counter[str] = skipped  # what was left out, by reason
+        self.noticed = Counter(self._file.noticed)  # what is used and worth a look
         self._labels: dict[str, SidecarRow] | None = None
         if self.config.sidecar is not None:
             self._labels = read_labels(self.instances_path, self.config.sidecar)
@@ -103,6 +104,11 @@ class Coco:
     @property
     def size(self) -> int:
         return len(self._file.names)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes of the file, those without boxes too."""
+        return self._file.classes
 
     def __repr__(self) -> str:
         skipped = f", skipped {dict(self.skipped)}" if self.skipped else ""
