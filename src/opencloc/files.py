@@ -117,12 +117,9 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def sweep(folder: Path, name: str = "*") -> None:
-    """Removes what killed processes left half written of files or folders in a folder, those called `name`, a pattern.
-
-    The caller must be their only writer.
-    """
-    for leftover in [*folder.glob(f".{name}.*.partial"), *folder.glob(f".{name}.*.old")]:
+def sweep(folder: Path) -> None:
+    """Removes what killed processes left half written in a folder.  The caller must be its only writer."""
+    for leftover in [*folder.glob(".*.partial"), *folder.glob(".*.old")]:
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

@@ -60,7 +60,6 @@ def write_stats(config: StatsConfig) -> Stats:
     """
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    files.sweep(out, "stats.*")
     with (
         files.new_file(out / "stats.png") as png,
         files.new_file(out / "stats.json") as json_file,

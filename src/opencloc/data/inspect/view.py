@@ -7,7 +7,6 @@ is escaped.
 from __future__ import annotations
 
 import base64
-import glob
 import importlib.resources
 from collections import Counter
 from dataclasses import dataclass
@@ -68,7 +67,6 @@ def write_view(config: ViewConfig) -> Sheet:
     Raises as `open_labelled`, and `OSError` where something other than a regular file has the name.
     """
     out = Path(config.out)
-    files.sweep(out.parent, glob.escape(out.name))
     with files.new_file(out) as partial:
         source = open_labelled(config.data, config.sidecar)
         cards = [_card(source, index, config.image_px) for index in track(_choice(source, config), "reading images")]
