@@ -176,6 +176,14 @@ def test_limit_ends_the_count_early(tmp_path: Path) -> None:
     assert (found.images, found.regions, found.skipped) == (3, 3, {})
 
 
+def test_data_without_images_have_figures_too(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    content = {"images": [], "annotations": [], "categories": []}
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    spec = f"coco:{tmp_path}?instances={tmp_path}/instances.json"
+    assert compute_stats(StatsConfig(data=spec, num_images=3)).images == 0
+
+
 def test_endless_data_need_a_limit() -> None:
     with pytest.raises(ValueError, match="has no end: set num_images"):
         compute_stats(StatsConfig(data="scenes:easy"))

@@ -58,14 +58,14 @@ def write_stats(config: StatsConfig) -> Stats:
 
     Raises as `open_labelled`, and `OSError` where something else has the place of the folder or of a file.
     """
+    source = open_labelled(config.data, config.sidecar)
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     with (
         files.new_file(out / "stats.png") as png,
         files.new_file(out / "stats.json") as json_file,
         files.new_file(out / "stats.md") as md,
     ):
-        stats = compute_stats(config)
+        stats = _compute(source, config)
         png.write_bytes(plot(stats))
         json_file.write_bytes(_json(stats))
         md.write_text(markdown(stats), encoding="utf-8")
@@ -74,11 +74,14 @@ def write_stats(config: StatsConfig) -> Stats:
 
 def compute_stats(config: StatsConfig) -> Stats:
     """The figures of a data set, in one pass.  Raises as `open_labelled`."""
-    source = open_labelled(config.data, config.sidecar)
+    return _compute(open_labelled(config.data, config.sidecar), config)
+
+
+def _compute(source: Source, config: StatsConfig) -> Stats:
     count_tokens, tokens = _token_counter(config.tokenizer)
     labels = labels_of(source)
     tally = _Tally(count_tokens)
-    total = source.size if config.num_images is None else min(config.num_images, source.size or config.num_images)
+    total = min((n for n in (source.size, config.num_images) if n is not None), default=None)
     rows = _rows(source, total) if labels is None else itertools.islice(_label_rows(source, labels), config.num_images)
     for row in track(rows, "reading images" if labels is None else "reading labels", total=total):
         tally.add(row)

@@ -66,9 +66,8 @@ def write_view(config: ViewConfig) -> Sheet:
 
     Raises as `open_labelled`, and `OSError` where something other than a regular file has the name.
     """
-    out = Path(config.out)
-    with files.new_file(out) as partial:
-        source = open_labelled(config.data, config.sidecar)
+    source = open_labelled(config.data, config.sidecar)
+    with files.new_file(Path(config.out)) as partial:
         cards = [_card(source, index, config.image_px) for index in track(_choice(source, config), "reading images")]
         sheet = Sheet(
             images=len(cards),
