@@ -10,7 +10,7 @@ import functools
 import io
 
 import numpy as np
-from PIL import AvifImagePlugin, Image, WebPImagePlugin  # noqa: F401 (Pillow loads the other plugins by itself)
+from PIL import AvifImagePlugin, ExifTags, Image, WebPImagePlugin  # noqa: F401 (Pillow loads the other plugins by itself)
 
 from opencloc.errors import BadSample
 
@@ -75,6 +75,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def is_oriented(image: Image.Image | bytes) -> bool:
+    """Whether EXIF says that a viewer shows the image turned or mirrored; False for bytes that are no image."""
+    try:
+        opened = Image.open(io.BytesIO(image), formats=_PILLOW_FORMATS) if isinstance(image, bytes) else image
+        return opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    except Exception:  # Pillow raises a whole zoo for bytes that are no image
+        return False
 
 
 def crop(image: Image.Image, box: np.ndarray) -> Image.Image:

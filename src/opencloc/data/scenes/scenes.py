@@ -18,6 +18,7 @@ from random import Random
 from typing import Annotated, Literal
 
 import numpy as np
+from cachetools import LRUCache
 from PIL import Image
 from pydantic import Field
 from pydantic.dataclasses import dataclass as checked
@@ -36,6 +37,7 @@ _LONG_SIDE = (0.22, 0.47)  # of the image side: 14 to 30 pixels of 64
 _SMALL, _LARGE = (0.22, 0.28), (0.35, 0.44)  # where size has a word, nothing lies in between
 _SIZE_STEP = 1 / 64  # sizes come in steps, so that at any resolution few sprites are drawn many times
 _MAX_OVERLAP = 0.08  # of the smaller of two boxes
+_SPRITE_BYTES = 128 * 2**20  # of drawn sprites that a process keeps
 _POSITIONS = (
     ("at the top left", "at the top", "at the top right"),
     ("on the left", "in the middle", "on the right"),
@@ -162,7 +164,9 @@ class Scenes:
     def __init__(self, config: SceneConfig) -> None:
         self.config = config
         self._combinations = config.combinations()
-        self._sprites = _SpriteCache(config.style)
+        self._sprites = LRUCache[tuple[str, str | None, int], Image.Image](
+            _SPRITE_BYTES, getsizeof=lambda sprite: 4 * sprite.width * sprite.height
+        )
 
     def __reduce__(self):  # a worker's copy draws its own sprites
         return type(self), (self.config,)
@@ -189,7 +193,9 @@ class Scenes:
     def _paste(self, image: Image.Image, obj: _Object) -> tuple[int, int, int, int]:
         """The pixel box that the object fills, after drawing it there."""
         px = self.config.image_px
-        sprite = self._sprites.get(obj.thing, obj.colour, max(1, round(obj.long_side * px)))
+        drawn = obj.thing, obj.colour, max(1, round(obj.long_side * px))
+        if (sprite := self._sprites.get(drawn)) is None:
+            sprite = self._sprites[drawn] = sprites.draw(*drawn, self.config.style)
         left = min(round(obj.left * px), px - sprite.width)
         top = min(round(obj.top * px), px - sprite.height)
         image.paste(sprite, (left, top), sprite)
@@ -211,29 +217,6 @@ class Scenes:
             kept.append(_jittered(box, config.box_jitter * np.array(moves)))
             texts.append(obj.text)
         return np.array(kept, dtype=np.float32).reshape(-1, 4), tuple(texts)
-
-
-class _SpriteCache:
-    """Sprites of one style, kept up to a fixed number of bytes."""
-
-    _MAX_BYTES = 128 * 2**20
-
-    def __init__(self, style: sprites.Style) -> None:
-        self._style: sprites.Style = style
-        self._kept: dict[tuple[str, str | None, int], Image.Image] = {}
-        self._bytes = 0
-
-    def get(self, thing: str, colour: str | None, long_px: int) -> Image.Image:
-        key = thing, colour, long_px
-        sprite = self._kept.get(key)
-        if sprite is None:
-            sprite = sprites.draw(thing, colour, long_px, self._style)
-            if self._bytes > self._MAX_BYTES:
-                self._kept.clear()
-                self._bytes = 0
-            self._kept[key] = sprite
-            self._bytes += 4 * sprite.width * sprite.height
-        return sprite
 
 
 def _jittered(box: np.ndarray, moves: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """The things of the generated world: which emoji is drawn for which name.
 
 A name is one or two lower-case words.  No two things share one, and none has the name of a simple shape.  As far as
-the font allows, no two things look alike at 14 pixels.  People, hands, faces, flags, arrows, letters, signs, clock faces
-and other symbols are left out.
+the font allows, no two things look alike at 14 pixels.  People, hands, faces, flags, arrows, letters, signs, clock
+faces and other symbols are left out.
 
 The table is written out, not derived from `unicodedata`: that changes with the Python version, and the world must not.
 """

@@ -71,7 +71,6 @@ class CocoFile:
     spans: Int64[np.ndarray, " N_plus_1"]
     boxes: Float32[np.ndarray, "A 4"]
     labels: Int64[np.ndarray, " A"]  # places in `classes`
-    areas_px: Float64[np.ndarray, " A"]  # COCO's `area` (the mask's), or the box's where the file gives none
     skipped: Counter[str]  # images and annotations left out, by reason
     noticed: Counter[str]  # what was kept and is worth a look
 
@@ -89,13 +88,14 @@ class Coco:
         self.config = config or CocoConfig()
         self.instances_path, captions_path, self.images_path = _find_files(location.rstrip("/"), self.config)
         self._file = read_coco(self.instances_path)
-        self._captions, skipped = ({}, Counter()) if captions_path is None else read_captions(captions_path)
+        self._captions, not_read = ({}, Counter()) if captions_path is None else read_captions(captions_path)
+        skipped = self._file.skipped + not_read
         if elsewhere := self._captions.keys() - set(self._file.ids):
             if len(elsewhere) == len(self._captions):
                 raise ValueError(f"{captions_path}: no caption is of an image of {self.instances_path}")
             skipped["caption of an image that is not listed"] = sum(len(self._captions[one]) for one in elsewhere)
-        self.skipped: Counter[str] = self._file.skipped + skipped  # what was left out, by reason
-        self.noticed: Counter[str] = self._file.noticed
+        self.skipped: Counter[str] = skipped  # what was left out, by reason
+        self.noticed = Counter(self._file.noticed)  # what is used and worth a look
         self._labels: dict[str, SidecarRow] | None = None
         if self.config.sidecar is not None:
             self._labels = read_labels(self.instances_path, self.config.sidecar)
@@ -236,7 +236,7 @@ def read_coco(path: str) -> CocoFile:
         category_of(path, annotations[number], label_by_id)
     sizes_px = np.asarray([one[2:] for one in images], dtype=np.int64).reshape(-1, 2)
     of_px = np.concatenate([sizes_px, [[1, 1]]])[rows]  # (A, 2); a row of -1 is that of an image left out
-    boxes_px = _numbers([entry.get("bbox") for entry in annotations], 4)
+    boxes_px = _boxes_px(annotations)
     boxes = xywh_px_to_xyxy(boxes_px, of_px[:, 0], of_px[:, 1])
     kept = np.ones(len(annotations), dtype=bool)
     for reason, wrong in (
@@ -254,8 +254,6 @@ def read_coco(path: str) -> CocoFile:
     noticed[OUTSIDE] += int((kept & (beyond > np.maximum(_OUTSIDE_PX, _OUTSIDE_SHARE * of_px)).any(axis=1)).sum())
     kept = np.flatnonzero(kept)
     kept = kept[np.argsort(rows[kept], kind="stable")]
-    areas_px = _numbers([[entry.get("area")] for entry in annotations], 1)[:, 0]
-    box_areas_px = ((boxes[:, 2:] - boxes[:, :2]) * of_px).prod(axis=1)
     return CocoFile(
         path=path,
         ids=tuple(one[0] for one in images),
@@ -266,7 +264,6 @@ def read_coco(path: str) -> CocoFile:
         spans=np.searchsorted(rows[kept], np.arange(len(images) + 1)),
         boxes=boxes[kept],
         labels=labels[kept],
-        areas_px=np.where(np.isfinite(areas_px), areas_px, box_areas_px)[kept],
         skipped=+skipped,
         noticed=+noticed,
     )
@@ -398,24 +395,25 @@ def _looked_up(ids: Iterable[int], number_by_id: Mapping[int, int]) -> Int64[np.
     return np.fromiter((number_by_id.get(one, -2) for one in ids), dtype=np.int64)
 
 
-def _numbers(lists: list[Any], count: int) -> Float64[np.ndarray, "A {count}"]:
-    """Lists of so many numbers each as rows; NaN for whatever is no such list, or holds what is no finite number."""
+def _boxes_px(annotations: list[dict[str, Any]]) -> Float64[np.ndarray, "A 4"]:
+    """The `bbox` of all annotations; NaN for whatever is not a list of 4 numbers."""
+    lists: list[Any] = [entry.get("bbox") for entry in annotations]
     try:
-        if set(map(type, lists)) <= {list} and set(map(len, lists)) <= {count}:
+        if set(map(type, lists)) <= {list} and set(map(len, lists)) <= {4}:
             flat = list(itertools.chain.from_iterable(lists))
             if set(map(type, flat)) <= {int, float}:
-                return np.asarray(flat, dtype=np.float64).reshape(-1, count)
+                return np.asarray(flat, dtype=np.float64).reshape(-1, 4)
     except OverflowError:  # an integer of hundreds of digits
         pass
-    return np.asarray([_row(one, count) for one in lists], dtype=np.float64).reshape(-1, count)
+    return np.asarray([_box_px(one) for one in lists], dtype=np.float64).reshape(-1, 4)
 
 
-def _row(numbers: Any, count: int) -> list[float]:
-    unusable = [float("nan")] * count
-    if type(numbers) is not list or len(numbers) != count or not {int, float}.issuperset(map(type, numbers)):
+def _box_px(bbox: Any) -> list[float]:
+    unusable = [float("nan")] * 4
+    if type(bbox) is not list or len(bbox) != 4 or not {int, float}.issuperset(map(type, bbox)):
         return unusable
     try:
-        return [float(number) for number in numbers]
+        return [float(number) for number in bbox]
     except OverflowError:
         return unusable
 
@@ -434,7 +432,7 @@ def read_box(path: str, annotation: dict[str, Any], size_px: tuple[int, int]) ->
 
     Raises `BadSample` ("bad box") naming file and annotation for what is not 4 finite numbers.
     """
-    box_px = np.asarray(_row(annotation.get("bbox"), 4))
+    box_px = np.asarray(_box_px(annotation.get("bbox")))
     if not np.isfinite(box_px).all():
         detail = repr(annotation.get("bbox", "no bbox"))[:80]
         raise BadSample(BAD_BOX, f"{path}: annotation {annotation.get('id')}", detail)

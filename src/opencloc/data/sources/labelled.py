@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 
 from opencloc import files
@@ -50,8 +49,12 @@ def _labels_beside(source: Source) -> list[str]:
         place = source.location
     else:
         return []
-    path = sidecar_path(place, "NAME")
-    folder, stem = os.path.split(path.removesuffix(".NAME.parquet"))
-    label_file = re.compile(re.escape(stem) + r"(?:-00000)?\.(.+)\.parquet")
-    there = files.children(folder) if files.is_folder(folder or ".") else []
-    return sorted({match[1] for one in there if (match := label_file.fullmatch(os.path.basename(one)))})
+    names: set[str] = set()
+    for part in (None, 0):
+        folder, pattern = os.path.split(sidecar_path(place, "NAME", part))
+        before, _, after = pattern.rpartition("NAME")
+        there = files.children(folder) if files.is_folder(folder or ".") else []
+        for file in map(os.path.basename, there):
+            if file.startswith(before) and file.endswith(after):
+                names.add(file.removeprefix(before).removesuffix(after))
+    return sorted(names)

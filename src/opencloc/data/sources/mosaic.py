@@ -6,6 +6,7 @@ k * k regions.  The text of a tile is its photo's caption; the mosaic's caption 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import math
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import numpy as np
+from cachetools import FIFOCache
 from PIL import Image
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -94,12 +96,17 @@ class Mosaic:
         self._forget()
 
     def _forget(self) -> None:
-        self._kept: dict[int, tuple[np.ndarray, str]] = {}  # (H, W, 3) uint8 and text by number of the photo
-        self._kept_bytes = 0
+        """Starts with nothing read: what a process has read is its own."""
+        limit = self.config.cache_mb * 2**20
+        self._kept = FIFOCache[int, tuple[np.ndarray, str]](limit, getsizeof=lambda kept: kept[0].nbytes)
         self._unusable: dict[int, str] = {}  # reason by number of the photo
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_kept": {}, "_kept_bytes": 0, "_unusable": {}}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_kept", "_unusable")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     @property
     def size(self) -> None:
@@ -177,17 +184,9 @@ class Mosaic:
             width, height = (max(1, round(side * shrink)) for side in image.size)
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         kept = np.asarray(image), sample.captions[0]
-        self._keep(number, kept)
-        return kept
-
-    def _keep(self, number: int, kept: tuple[np.ndarray, str]) -> None:
-        limit = self.config.cache_mb * 2**20
-        while self._kept and self._kept_bytes + kept[0].nbytes > limit:
-            oldest, _ = self._kept.pop(next(iter(self._kept)))
-            self._kept_bytes -= oldest.nbytes
-        if kept[0].nbytes <= limit:
+        with contextlib.suppress(ValueError):  # larger than the whole cache
             self._kept[number] = kept
-            self._kept_bytes += kept[0].nbytes
+        return kept
 
 
 def mosaic_caption(texts: Sequence[str]) -> str:

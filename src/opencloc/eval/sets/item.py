@@ -23,11 +23,10 @@ from PIL import Image
 from opencloc import files
 from opencloc.boxes import box_problem
 from opencloc.errors import BadSample
-from opencloc.images import decode_image
+from opencloc.images import decode_image, is_oriented
 from opencloc.texts import canonical
 
 READERS = 4  # threads that read and decode images
-ORIENTATION = 0x0112  # EXIF's tag
 
 UNITS = IMAGES, BOXES, TEXTS, FILES = "images", "boxes", "texts", "files"  # of what is skipped
 NO_REGIONS, NO_CAPTIONS = "without regions", "without captions"
@@ -154,7 +153,7 @@ def _load_one(items: Items, number: int) -> Loaded:
     image = item.image if isinstance(item.image, Image.Image) else read_image(item.image)
     annotated_px = item.image.expected_px if isinstance(item.image, Stored) else None
     noted = [RESIZED] if annotated_px not in (None, image.size) else []
-    if image.getexif().get(ORIENTATION, 1) != 1:
+    if is_oriented(image):
         noted.append(ORIENTED)
     return Loaded(
         number=number, item=item, image=image, annotated_px=annotated_px or image.size, noted=tuple(noted)
