@@ -63,10 +63,10 @@ CLOC = [recognition("CLOC", 0.8231), grounding("CLOC", 0.64)]
 
 GOLDEN = r"""| score in % | CLIP\|crop | CLOC | of |
 |---|---:|---:|---|
-| region-recognition: images used | 254 of 1,000 | 254 of 1,000 | images of the set |
+| region-recognition: images used | 254 of 1,000 | 254 of 1,000 | of the set |
 | region-recognition: top-1 | 9.1 (4.1 to 14.1) | 82.3 (77.3 to 87.3) | 1,200 boxes |
 | region-recognition: mAcc | 4.6 | 41.2 | 98 classes present of 120 |
-| grounding: images used | – | 254 of 1,000 | images of the set |
+| grounding: images used | – | 254 of 1,000 | of the set |
 | grounding: IoU ≥ 0.5 | – | 64.0 (59.0 to 69.0) | 900 texts |
 
 Rules:

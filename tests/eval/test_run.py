@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,3 +161,15 @@ def test_a_way_that_is_none_is_named() -> None:
 def test_every_task_says_what_is_asked_and_every_public_set_what_is_read() -> None:
     assert all((task.__doc__ or "").strip() for task in TASKS.values())
     assert all(benchmark.help for benchmark in BENCHMARKS.values())
+
+
+def test_the_python_of_the_guide_runs(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = (Path(__file__).parents[2] / "docs/guides/evaluate.md").read_text()
+    (tmp_path / "runs/quickstart/cloc").mkdir(parents=True)
+    (tmp_path / "runs/quickstart/cloc/model").symlink_to(models["cloc"])
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    exec(code, {})
+    assert "| grounding: images used |" in capsys.readouterr().out

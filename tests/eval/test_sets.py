@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import pickle
 from collections.abc import Callable
@@ -386,3 +387,24 @@ def test_a_bad_box_of_grit_costs_itself_alone(tmp_path: Path, span: list[Any]) -
     (got,) = evaluate(oracle, open_set("grit-retrieval", str(tmp_path)), ["grit-retrieval"])
     assert (got.scores["r2t_r1"].value, got.scores["r2t_r1"].count) == (1.0, 2)
     assert got.skipped == {"boxes": {"bad box": 2}}
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda data: b"", "not a tar"),
+        (gzip.compress, "not a tar"),
+        (lambda data: data[: len(data) // 2], "truncated tar"),
+        (lambda data: data[:124] + b"\xff" * 12 + data[136:], "not a tar"),  # a negative size
+    ],
+)
+def test_a_damaged_tar_of_grit_is_counted_and_the_next_one_read(
+    tmp_path: Path, damage: Callable[[bytes], bytes], reason: str
+) -> None:
+    disk.write_grit(tmp_path, parquet=False)
+    sound = (tmp_path / "00000.tar").read_bytes()
+    (tmp_path / "00001.tar").write_bytes(sound)
+    (tmp_path / "00000.tar").write_bytes(damage(sound))
+    data = open_set("grit-retrieval", str(tmp_path))
+    assert by_unit(data.skipped)["files"] == {reason: 1}
+    assert len(items_of("grit-retrieval", tmp_path)) in (2, 3)

@@ -133,7 +133,7 @@ def rows(results: Sequence[Result]) -> list[Row]:
         by_encoder = {result.encoder: result for result in of_group}
         used = tuple(_used(by_encoder.get(encoder)) for encoder in encoders)
         empty = (None,) * len(encoders)
-        table.append(Row(group=group, key="images", label="images used", cells=used, values=empty, of="images of the set"))
+        table.append(Row(group=group, key="images", label="images used", cells=used, values=empty, of="of the set"))
         for key in dict.fromkeys(key for result in of_group for key in result.scores):
             scores = [by_encoder[one].scores.get(key) if one in by_encoder else None for one in encoders]
             measured = [score for score in scores if score is not None]
