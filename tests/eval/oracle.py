@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ class Oracle:
     `finds[text]` is the box of a text, in every image.
     """
 
-    def __init__(self, knows: dict[Any, str], finds: dict[str, Sequence[float]] | None = None) -> None:
+    def __init__(self, knows: dict[Any, str], finds: Mapping[str, Sequence[float]] | None = None) -> None:
         self.name, self.device = "oracle", torch.device("cpu")
         self.knows = knows
         self.finds = None if finds is None else {canonical(text): list(box) for text, box in finds.items()}
@@ -39,8 +39,9 @@ class Oracle:
         return F.normalize(torch.randn(WIDTH, generator=generator), dim=0)
 
     def encode_images(self, images: Sequence[Image.Image]) -> EncodedImages:
-        colours = [tuple(int(v > 127) for v in np.asarray(image)[image.height // 2, 0]) for image in images]
-        names = [{(1, 0, 0): "red", (0, 1, 0): "green", (0, 0, 1): "blue"}.get(colour, "black") for colour in colours]
+        # the middle of the left edge is of one colour
+        pixels = [np.asarray(image)[image.height // 2, 0] for image in images]
+        names = [("red", "green", "blue")[pixel.argmax()] if pixel.max() > 127 else "black" for pixel in pixels]
         self.encoded.update(names)
         self.computed_in.add((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
         return EncodedImages(

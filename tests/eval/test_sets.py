@@ -28,7 +28,7 @@ def items_of(task: str, place: Any) -> list[Item]:
 def colour(item: Item) -> str:
     """Which of the photos this is."""
     assert isinstance(item.image, Stored)
-    pixel = np.asarray(read_image(item.image))[3, 3]
+    pixel = np.asarray(read_image(item.image, item.annotated_px))[3, 3]
     return list(disk.COLOURS)[int(pixel.argmax())]
 
 

@@ -19,7 +19,7 @@ from opencloc.errors import BadSample
 from opencloc.eval.registry import SOURCE_TASKS, open_set
 from opencloc.eval.report import Result, flat_metrics
 from opencloc.eval.run import evaluate
-from opencloc.eval.sets.item import EvalSet, Item, Unread, load
+from opencloc.eval.sets.item import RESIZED, EvalSet, Item, Unread, load
 from opencloc.eval.sets.source import source_set
 from opencloc.eval.tasks import predict
 from tests.eval import sets_on_disk as disk
@@ -199,7 +199,7 @@ def oracle_of(samples: Sequence[Sample], *, can_ground: bool = True, mistakes: A
 def on_source(oracle: Oracle, samples: Sequence[Any] = SAMPLES, **options: Any) -> dict[str, Result]:
     names, tasks = options.pop("class_names", None), options.pop("tasks", tuple(SOURCE_TASKS))
     data = source_set(Samples(samples), "samples", class_names=names)
-    return dict(zip(tasks, evaluate(oracle, data, tasks, **{"resamples": 20} | options), strict=True))
+    return dict(zip(tasks, evaluate(oracle, data, tasks, **dict[str, Any](resamples=20) | options), strict=True))
 
 
 def test_an_encoder_that_is_right_scores_one_with_the_right_denominators() -> None:
@@ -268,10 +268,13 @@ def test_a_mistake_costs_one_box() -> None:
     assert values(got, "top1", "macc") == pytest.approx([5 / 6, (0.5 + 1 + 1 + 1) / 4])
 
 
-def test_the_categories_of_a_source_are_its_class_names() -> None:
+def test_a_source_with_categories_says_the_classes_and_the_sizes_as_annotated() -> None:
     source = Samples(SAMPLES)
     source.class_names = ("dog", "cat", "zebra", "red_house", "bird")  # pyright: ignore[reportAttributeAccessIssue]
+    source.annotated_px = lambda index: (400, 400)  # pyright: ignore[reportAttributeAccessIssue]
     assert source_set(source, "x").class_names == ("dog", "cat", "zebra", "red_house", "bird")
+    ((one, *_),) = load(source_set(source, "x"), None, 10, Unread(allowed=0))
+    assert (one.image.size, one.annotated_px, one.noted) == ((200, 200), (400, 400), (RESIZED,))
     twice = source_set(source, "x", class_names=["Dog", "cat", "dog "])
     assert (twice.class_names, twice.rules) == (("dog", "cat"), "categories of one name are one class: 'dog'")
     with pytest.raises(ValueError, match="no class names"):
@@ -376,7 +379,7 @@ def test_predictions_say_what_is_right_and_where_things_were_found() -> None:
     assert (first.names, first.correct) == (("dog", "red house", "dog"), (True, False, True))
     assert [g.text for g in first.grounded] == ["cat"]
     assert [g.iou for g in second.grounded] == [pytest.approx(1.0)] * 2
-    np.testing.assert_array_equal(second.grounded[1].box, np.float32(BOXES[1]))
+    np.testing.assert_array_equal(second.grounded[1].box, np.array(BOXES[1], dtype=np.float32))
     assert second.correct == (True, True)
     assert (third.names, third.grounded) == ((), ())
     assert fourth.correct == (False,)  # no class is called "bird"

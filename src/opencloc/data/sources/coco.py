@@ -113,6 +113,11 @@ class Coco:
         skipped = f", skipped {dict(self.skipped)}" if self.skipped else ""
         return f"Coco({self.location!r}: {self.size} images of {self.instances_path}, {self.config}{skipped})"
 
+    def annotated_px(self, index: int) -> tuple[int, int]:
+        """Width and height of an image as it was annotated."""
+        width_px, height_px = self._file.sizes_px[index].tolist()
+        return width_px, height_px
+
     def identity(self, index: int) -> str:
         """Name of a sample that stays the same wherever the images lie: its file name."""
         return self._file.names[index]
@@ -138,9 +143,8 @@ class Coco:
         record = Record(captions=captions, boxes=file.boxes[regions].copy(), texts=texts)
         if self._labels is not None:
             record = with_labels(record, self._labels.get(key), where)
-        width_px, height_px = file.sizes_px[index].tolist()
-        expected = (width_px, height_px)
-        image = decode_image(self.image_bytes(index), where, self.config.image_px, expected_px=expected)
+        expected_px = self.annotated_px(index)
+        image = decode_image(self.image_bytes(index), where, self.config.image_px, expected_px=expected_px)
         return record.sample(key, image, where)
 
 

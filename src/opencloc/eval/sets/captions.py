@@ -104,6 +104,6 @@ def _captioned(
         elif not captions:
             skipped[IMAGES, NO_CAPTIONS] += 1
         else:
-            image = Stored(path=f"{folder}/{file_name}", expected_px=sizes.get(file_name))
-            items.append(Item(image=image, captions=tuple(captions[:CAPTIONS_PER_IMAGE])))
+            image, first = Stored(path=f"{folder}/{file_name}"), tuple(captions[:CAPTIONS_PER_IMAGE])
+            items.append(Item(image=image, annotated_px=sizes.get(file_name), captions=first))
     return EvalSet(name=name, items=items, num_items=len(items), skipped=skipped)

@@ -6,7 +6,6 @@ The format is `data/sources/coco.py`'s.  Class names are bare: no template, and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -75,8 +74,8 @@ def _recognition(path: str, folders: list[str]) -> EvalSet:
         if not texts:
             skipped[IMAGES, NO_REGIONS] += 1
             continue
-        image = Stored(path=f"{folder}/{name}", expected_px=(size_px[0], size_px[1]))
-        items.append(Item(image=image, boxes=file.boxes[regions], texts=texts))
+        image = Stored(path=f"{folder}/{name}")
+        items.append(Item(image=image, annotated_px=tuple(size_px), boxes=file.boxes[regions], texts=texts))
     noticed = [f"{reason}: {number:,}" for reason, number in file.noticed.items()]
     groups = tuple(FREQUENCIES.get(frequency, "") for frequency in file.frequencies)
     return EvalSet(
@@ -119,10 +118,16 @@ def fg_ovd(
             found[row].append((box, tuple(captions[one] for one in [category, *others[:negatives]])))
     skipped[IMAGES, NO_REGIONS] += sum(not regions for regions in found)
     asked = [(entry, regions) for entry, regions in zip(entries, found, strict=True) if regions]
-    places = stored([images] if images else [location, f"{location}/images", f"{location}/coco"], [e for e, _ in asked])
+    folders = [images] if images else [location, f"{location}/images", f"{location}/coco"]
+    folder = first_folder(folders, [entry[1] for entry, _ in asked])
     items = [
-        Item(image=place, boxes=np.stack([box for box, _ in regions]), choices=tuple(texts for _, texts in regions))
-        for place, (_, regions) in zip(places, asked, strict=True)
+        Item(
+            image=Stored(path=f"{folder}/{entry[1]}"),
+            annotated_px=entry[2:],
+            boxes=np.stack([box for box, _ in regions]),
+            choices=tuple(texts for _, texts in regions),
+        )
+        for entry, regions in asked
     ]
     return EvalSet(name=base_name(path), items=items, num_items=len(items), skipped=skipped)
 
@@ -148,9 +153,3 @@ def try_box(path: str, annotation: dict[str, Any], entry: Entry, skipped: Skippe
     if box is None:
         skipped[BOXES, EMPTY_BOX] += 1
     return box
-
-
-def stored(folders: list[str], entries: Sequence[Entry]) -> list[Stored]:
-    """Where images lie, in the first of the folders that holds some."""
-    folder = first_folder(folders, [name for _, name, *_ in entries])
-    return [Stored(path=f"{folder}/{name}", expected_px=(width, height)) for _, name, width, height in entries]

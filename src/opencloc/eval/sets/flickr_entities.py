@@ -51,8 +51,8 @@ def flickr30k_entities(location: str, *, split: str = "test", images: str | None
             else:
                 skipped[TEXTS, NO_BOX] += 1
         if texts:
-            image = Stored(path=f"{folder}/{key}.jpg", expected_px=size_px)
-            items.append(Item(image=image, queries=tuple(texts), truths=tuple(truths)))
+            image = Stored(path=f"{folder}/{key}.jpg")
+            items.append(Item(image=image, annotated_px=size_px, queries=tuple(texts), truths=tuple(truths)))
         else:
             skipped[IMAGES, "without phrases that have boxes"] += 1
     return EvalSet(name=split, items=items, num_items=len(items), skipped=skipped)

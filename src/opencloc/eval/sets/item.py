@@ -43,7 +43,6 @@ class Stored:
     path: str  # of a file, or of the tar that holds it
     start: int = 0  # first byte
     num_bytes: int | None = None  # None: to the end of the file
-    expected_px: tuple[int, int] | None = None  # width and height that the annotations refer to
 
 
 def _no_boxes() -> np.ndarray:
@@ -58,6 +57,7 @@ class Item:
     """
 
     image: Stored | Image.Image
+    annotated_px: tuple[int, int] | None = None  # width and height that boxes refer to, if they may not be the image's
     label: int = 0  # of the whole image: place in the set's class names
     captions: tuple[str, ...] = ()
     boxes: np.ndarray = field(default_factory=_no_boxes)  # (R, 4)
@@ -150,20 +150,16 @@ def load(data: EvalSet, num_images: int | None, batch_size: int, unread: Unread)
 
 def _load_one(items: Items, number: int) -> Loaded:
     item = sound(items[number])
-    image = item.image if isinstance(item.image, Image.Image) else read_image(item.image)
-    annotated_px = item.image.expected_px if isinstance(item.image, Stored) else None
-    noted = [RESIZED] if annotated_px not in (None, image.size) else []
-    if is_oriented(image):
-        noted.append(ORIENTED)
-    return Loaded(
-        number=number, item=item, image=image, annotated_px=annotated_px or image.size, noted=tuple(noted)
-    )  # fmt: skip
+    image = item.image if isinstance(item.image, Image.Image) else read_image(item.image, item.annotated_px)
+    annotated_px = item.annotated_px or image.size
+    noted = (RESIZED,) * (annotated_px != image.size) + (ORIENTED,) * is_oriented(image)
+    return Loaded(number=number, item=item, image=image, annotated_px=annotated_px, noted=noted)
 
 
-def read_image(stored: Stored) -> Image.Image:
+def read_image(stored: Stored, expected_px: tuple[int, int] | None = None) -> Image.Image:
     """The image as RGB, as it is stored (EXIF orientation is not applied).
 
-    Raises `BadSample` if it is missing, broken or of another shape than annotated.
+    Raises `BadSample` if it is missing, broken or of another shape than `expected_px` (width, height).
     """
     try:
         data = files.read_bytes(stored.path, stored.start, stored.num_bytes)
@@ -171,7 +167,7 @@ def read_image(stored: Stored) -> Image.Image:
         raise BadSample("missing image file", stored.path) from error
     except OSError as error:
         raise BadSample("unreadable image file", stored.path, str(error)) from error
-    return decode_image(data, stored.path, expected_px=stored.expected_px)
+    return decode_image(data, stored.path, expected_px=expected_px)
 
 
 def sound(item: Item) -> Item:

@@ -15,8 +15,8 @@ import numpy as np
 
 from opencloc import files
 from opencloc.data.sources.coco import field_of, read_json, row_of
-from opencloc.eval.sets.coco import Entry, images_of, stored, try_box
-from opencloc.eval.sets.item import EMPTY_TEXT, TEXTS, EvalSet, Item, Skipped, first_file
+from opencloc.eval.sets.coco import Entry, images_of, try_box
+from opencloc.eval.sets.item import EMPTY_TEXT, TEXTS, EvalSet, Item, Skipped, Stored, first_file, first_folder
 
 Name = Literal["refcoco", "refcoco+", "refcocog"]
 NO_BOX = "without a usable box or image"
@@ -55,10 +55,15 @@ def _read(name: Name, location: str, split: str, by: str, annotations: str | Non
     read = _read_mdetr if path.endswith(".json") else _read_refer
     found = read(path, split, skipped)
     folders = [f"{location}/images/mscoco/images/train2014", f"{location}/train2014", f"{location}/images"]
-    places = stored([images] if images else folders, [entry for entry, _ in found])
+    folder = first_folder([images] if images else folders, [entry[1] for entry, _ in found])
     items = [
-        Item(image=place, queries=tuple(text for text, _ in queries), truths=tuple(box[None] for _, box in queries))
-        for place, (_, queries) in zip(places, found, strict=True)
+        Item(
+            image=Stored(path=f"{folder}/{entry[1]}"),
+            annotated_px=entry[2:],
+            queries=tuple(text for text, _ in queries),
+            truths=tuple(box[None] for _, box in queries),
+        )
+        for entry, queries in found
     ]
     return EvalSet(name=split + (f" ({by})" * (name == "refcocog")), items=items, num_items=len(items), skipped=skipped)
 
