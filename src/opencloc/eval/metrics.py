@@ -214,7 +214,7 @@ def interval(hits: np.ndarray, images: np.ndarray, cells: np.ndarray, draws: np.
         return np.divide(shares.sum(axis=1), count, out=np.full(len(times), np.nan), where=count > 0)
 
     shares = np.add.reduceat(pair_hits, starts) / np.add.reduceat(pair_rows, starts)
-    value = torch.from_numpy(shares).mean().item()
+    value = torch.from_numpy(hits if len(names) == 1 else shares).mean().item()  # torch adds up more exactly
     step = max(1, DRAWS_AT_ONCE // len(pairs))
     parts = [means(draws[i : i + step, pair_image].astype(np.float64)) for i in range(0, len(draws), step)]
     drawn = np.concatenate([np.zeros(0), *parts])
