@@ -147,6 +147,9 @@ def test_imagenet_names_may_come_from_the_download(tmp_path: Path) -> None:
     data = open_set("imagenet", f"{tmp_path}?names={tmp_path}/LOC_synset_mapping.txt&templates=none")
     assert data.class_names == ("tench", "goldfish")
     assert (data.items[0].label, data.templates) == (1, ())
+    (tmp_path / "twice.txt").write_text("n01440764 crane\nn01443537 Crane, bird\n")
+    with pytest.raises(ValueError, match=r"twice\.txt: categories of one name are one class: 'crane'; tell them apart"):
+        open_set("imagenet", f"{tmp_path}?names={tmp_path}/twice.txt")
     disk.write_imagenet(tmp_path / "val", {"n99999999": "red"})
     with pytest.raises(ValueError, match=r"n99999999: the folder is neither one of the 1000 WordNet ids"):
         open_set("imagenet", str(tmp_path))

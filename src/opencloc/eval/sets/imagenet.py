@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from opencloc import files
 from opencloc.data.record import IMAGE_EXTENSIONS
-from opencloc.eval.sets.item import FILES, EvalSet, Item, Skipped, Stored
+from opencloc.eval.sets.item import FILES, EvalSet, Item, Skipped, Stored, merge_names
 
 Templates = Literal["80", "7", "none"]
 
@@ -57,6 +57,8 @@ def _read(name: str, folder: str, names_file: str | None, templates: str) -> Eva
     if not files.is_folder(folder):
         raise FileNotFoundError(f"{folder}: no such folder")
     names = class_names() if names_file is None else _read_names(names_file)
+    if (merged := merge_names(list(names.values())))[1]:
+        raise ValueError(f"{names_file}: {merged[1]}; tell them apart")
     ids = list(names)
     label = {one: i for i, one in enumerate(ids)} | {str(i): i for i in range(len(ids))}
     skipped: Skipped = Counter()
