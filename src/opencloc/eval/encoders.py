@@ -189,6 +189,19 @@ def load_encoder(
     from.  The name defaults to the folder's and the way.  Raises ValueError for anything else, naming the folder and
     what is possible, and as `model.loading` for what cannot be loaded.
     """
+    config = check_regions(path, regions, view)
+    model: Any  # transformers' wrappers hide the types of `to` and `float`
+    if config.model_type == "cloc":
+        model, processor = load_model(ClocModel, path), load_processor(path, ClocProcessor)
+    else:
+        model, processor = ClocModel.from_clip(path), ClocProcessor.from_clip(path)
+    model.eval().float()  # checkpoints in half precision too: the run says what it computes in
+    encoder = {"prompter": ClocEncoder, "crop": CropEncoder, "roi": RoiEncoder}[regions]
+    return encoder(model.to(device), processor, name=name or f"{Path(path).resolve().name}, {regions}", view=view)
+
+
+def check_regions(path: str | Path, regions: RegionWay, view: View) -> Any:
+    """The checkpoint's configuration, if regions can be embedded in this way; raises as `load_encoder`."""
     for what, value, kind in (("regions", regions, RegionWay), ("view", view, View)):
         if value not in get_args(kind):
             raise ValueError(f"{what} is {value!r}, must be one of {', '.join(get_args(kind))}")
@@ -207,14 +220,7 @@ def load_encoder(
             raise ValueError(
                 f"{path}: its Prompter was never trained (region weight 0): choose regions='crop' or 'roi'"
             )
-    model: Any  # transformers' wrappers hide the types of `to` and `float`
-    if config.model_type == "cloc":
-        model, processor = load_model(ClocModel, path), load_processor(path, ClocProcessor)
-    else:
-        model, processor = ClocModel.from_clip(path), ClocProcessor.from_clip(path)
-    model.eval().float()  # checkpoints in half precision too: the run says what it computes in
-    encoder = {"prompter": ClocEncoder, "crop": CropEncoder, "roi": RoiEncoder}[regions]
-    return encoder(model.to(device), processor, name=name or f"{Path(path).resolve().name}, {regions}", view=view)
+    return config
 
 
 def natural_way(path: str | Path) -> RegionWay:

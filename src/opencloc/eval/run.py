@@ -14,14 +14,13 @@ from transformers.utils.logging import disable_progress_bar
 from opencloc import files
 from opencloc.data.sources.spec import open_source
 from opencloc.devices import Precision, choose_device, computes_in_bf16
-from opencloc.eval.encoders import Encoder, RegionWay, View, load_encoder, natural_way
+from opencloc.eval.encoders import Encoder, RegionWay, View, check_regions, load_encoder, natural_way
 from opencloc.eval.registry import BENCHMARKS, SOURCE_TASKS, TASKS, open_set, task_name
 from opencloc.eval.report import Result, flat_metrics, to_json, to_markdown, write_html_report
 from opencloc.eval.sets.item import IMAGES, EvalSet, Loaded, Unread, by_unit, load
 from opencloc.eval.sets.source import source_set
 from opencloc.eval.tasks import Ask, Batch, Prediction, Scores, predict
 from opencloc.eval.text_bank import TextBank, check_finite
-from opencloc.model.loading import model_path
 from opencloc.progress import Meter
 
 
@@ -151,6 +150,8 @@ def evaluate(
     """
     tasks = [task_name(task) for task in tasks]
     num_images = num_images or data.num_images
+    if num_images is None and data.num_items is None:
+        raise ValueError(f"{data.name} is endless: num_images must say how many are used")
     most = min(n for n in (num_images, data.num_items) if n is not None)
     unread, noted, skipped, read = Unread(allowed=int(max_missing * most)), Counter[str](), Counter(data.skipped), 0
     bank, bf16 = TextBank(encoder), computes_in_bf16(precision, encoder.device)
@@ -215,12 +216,12 @@ def _finish(task: Generator[None, Batch | None, Scores]) -> Scores:
 
 
 def _named(config: EvalConfig) -> list[tuple[str, str, RegionWay]]:
-    """(name, folder, way) of every model, each name once; raises FileNotFoundError for a folder that is not there."""
+    """(name, folder, way) of every model, each name once; raises as `load_encoder` for what can't be one."""
     models = []
     for spec in config.model:
         name, folder, way = parse_model(spec)
-        model_path(folder)
         way = way or config.regions or natural_way(folder)
+        check_regions(folder, way, config.view)
         models.append((spec, name or f"{Path(folder).resolve().name}, {way}", folder, way))
     count = Counter(name for _, name, _, _ in models)
     view = "" if config.view == "letterbox" else f" ({config.view})"
