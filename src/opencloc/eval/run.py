@@ -190,7 +190,7 @@ def evaluate(
             encoder=encoder.name,
             task=task,
             data=data.name,
-            rules="; ".join(filter(None, [(TASKS[task].__doc__ or "").partition("\n")[0].rstrip("."), data.rules])),
+            rules=_rules(task, ask),
             precision="bf16" if bf16 else "fp32",
             images=ask.num_images,
             of_images=of_images,
@@ -201,6 +201,16 @@ def evaluate(
         )
         for task, ask, of_task in zip(tasks, asks, scores, strict=True)
     ]
+
+
+def _rules(task: str, ask: Ask) -> str:
+    """What was asked: the rules of the task, the classes, the rules of the set."""
+    classes = f"{len(ask.class_names):,} classes" if ask.class_names else ""
+    if classes and not ask.data.class_names:
+        classes += ", the distinct texts of the regions"
+    return "; ".join(
+        filter(None, [(TASKS[task].__doc__ or "").partition("\n")[0].rstrip("."), classes, ask.data.rules])
+    )
 
 
 def _finish(task: Generator[None, Batch | None, Scores]) -> Scores:

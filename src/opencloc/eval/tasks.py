@@ -150,7 +150,10 @@ def retrieve_images(ask: Ask) -> Generator[None, Batch | None, Scores]:
 
 
 def recognise_regions(ask: Ask) -> Generator[None, Batch | None, Scores]:
-    """Name each given box among the class names (bare): those of the set, else the distinct texts of its regions."""
+    """Name each given box among all class names, bare.
+
+    They are those of the set, else the distinct texts of its regions.
+    """
     rows, embeddings, texts = Rows(), [], []
     known, _ = merge_names(ask.data.class_names)
     classes, label_of = ask.bank.of(known), {name: label for label, name in enumerate(known)}

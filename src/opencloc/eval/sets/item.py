@@ -185,7 +185,7 @@ def sound(item: Item) -> Item:
     asked = []
     for row, (text, truth) in enumerate(zip(item.queries, item.truths, strict=True)):
         if problems := [problem for box in truth if (problem := _box_reason(box)) is not None]:
-            skipped[TEXTS, f"with a {problems[0]}"] += 1
+            skipped[TEXTS, problems[0]] += 1
         elif not is_text(text):
             skipped[TEXTS, BAD_TEXT] += 1
         else:
