@@ -190,16 +190,18 @@ def replaced(config: Any, path: list[str], value: Any) -> Any:
 def score(encoder: Any, name: str, num_images: int) -> dict[str, float]:
     """Headline scores on one of `SETS`; the class names are all that its scenes can show, and those of training."""
     from opencloc.data.scenes.scenes import SceneConfig
-    from opencloc.data.sources.spec import open_source, take
-    from opencloc.eval.tasks import evaluate, flat_metrics
+    from opencloc.data.sources.spec import open_source
+    from opencloc.eval.report import flat_metrics
+    from opencloc.eval.run import evaluate
+    from opencloc.eval.sets.source import source_set
 
     source: Any = open_source(f"scenes:rich?{WORLD}&seed=1&{SETS[name]}")
-    samples, _ = take(source, num_images)
     seen = dataclasses.replace(source.config, split="train")
     assert isinstance(seen, SceneConfig)
     names = sorted({*source.config.class_names(), *seen.class_names()})
-    tasks = ("region_recognition", "image_retrieval", "grounding")
-    return flat_metrics(evaluate(encoder, samples, tasks=tasks, class_names=names, progress=False))
+    data = source_set(source, name, class_names=names)
+    tasks = ("region-recognition", "image-retrieval", "grounding")
+    return flat_metrics(evaluate(encoder, data, tasks, num_images=num_images))[encoder.name]
 
 
 def read_result(out: Path, name: str, seed: int) -> dict[str, Any]:

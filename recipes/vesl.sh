@@ -29,7 +29,7 @@ labelled="coco:$data/coco740?split=train"
 mkdir -p "$results"
 for name in nouns n-grams; do
     $opencloc data stats --data "$labelled" --sidecar "$out/$name/vesl" --out "$results/stats-$name"
-    $opencloc data view --data "$labelled" --sidecar "$out/$name/vesl" --out "$out/$name.html" --limit 60
+    $opencloc data view --data "$labelled" --sidecar "$out/$name/vesl" --out "$out/$name.html" --num-images 60
     cp "$out/$name/vesl_manifest.json" "$results/manifest-$name.json"
 done
 .venv/bin/python -m benchmarks.label_quality --data "$labelled" --out "$results" \

@@ -37,8 +37,11 @@ def box_problem(box: np.ndarray, tolerance: float = 1e-4) -> str | None:
     return None
 
 
-def xywh_px_to_xyxy(box_px: np.ndarray, width_px: int, height_px: int) -> np.ndarray:
-    """COCO's (x, y, width, height) in pixels, shape (..., 4), as normalised XYXY float32, clipped to the image."""
+def xywh_px_to_xyxy(box_px: np.ndarray, width_px: int | np.ndarray, height_px: int | np.ndarray) -> np.ndarray:
+    """COCO's (x, y, width, height) in pixels, shape (..., 4), as normalised XYXY float32, clipped to the image.
+
+    Width and height are those of one image, or of each box's own, of shape (...).
+    """
     x, y, w, h = np.moveaxis(np.asarray(box_px, dtype=np.float64), -1, 0)
     box = np.stack([x / width_px, y / height_px, (x + w) / width_px, (y + h) / height_px], axis=-1)
     return np.clip(box, 0.0, 1.0).astype(np.float32)

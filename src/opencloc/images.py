@@ -54,14 +54,15 @@ def decode_image(
     """The image as RGB.
 
     `max_px`: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where its long side then still has `max_px` pixels.
-    `expected_px`: the stored (width, height) that annotations refer to.
+    `expected_px`: the (width, height) that annotations refer to; an image resized since then, of the same shape within
+    a pixel, is taken too (normalised boxes fit it).
     `oriented`: turned upright by its EXIF orientation; by default the pixels stay as they are stored.
 
     Raises `BadSample` ("broken image", "image too large", "image size differs from its annotation") naming `where`.
     """
     image = _open(data, where)
     width, height = image.size
-    if expected_px is not None and expected_px != (width, height):
+    if expected_px is not None and not _same_shape((width, height), expected_px):
         detail = f"{width} x {height} pixels, annotated as {expected_px[0]} x {expected_px[1]}"
         raise BadSample("image size differs from its annotation", where, detail)
     if max_px is not None and max_px < max(width, height):
@@ -181,6 +182,12 @@ def _orientation(image: Image.Image) -> int:
         return image.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF: viewers ignore it too
         return 1
+
+
+def _same_shape(size_px: tuple[int, int], expected_px: tuple[int, int]) -> bool:
+    """Whether one size is the other one scaled, each side rounded to whole pixels."""
+    (width, height), (expected_width, expected_height) = size_px, expected_px
+    return abs(width * expected_height - height * expected_width) <= max(expected_px)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,12 +1,13 @@
 """Folders of image files, each with an optional `.json` and `.txt` of the same name beside it.
 
-Owns which files belong together; what stands in them is `record.py`'s, the same as in shards.
+What stands in those is the same as in shards.  Boxes refer to the pixels as stored, whatever EXIF orientation says.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+
+from pydantic.dataclasses import dataclass
 
 from opencloc import files
 from opencloc.data.record import IMAGE_EXTENSIONS, parse_record
@@ -27,9 +28,9 @@ class FolderConfig:
 class ImageFolder:
     """The images under a folder by number, at any depth, in the order of their sorted paths.
 
-    Keys are paths below the folder without their extension.  Files that are neither image nor annotation are counted in
-    `skipped`, and so is an image whose key an earlier one has (`a.jpg`, `a.png`).  Raises `FileNotFoundError` if the
-    folder doesn't exist, `ValueError` if it holds no image.
+    A key is the path below the folder without its extension.  Files that are neither image nor annotation are counted
+    in `skipped`, and so is an image with the key of an earlier one (`a.jpg`, `a.png`).  Raises `FileNotFoundError` if
+    the folder doesn't exist, `ValueError` if it holds no image.
     """
 
     def __init__(self, location: str, config: FolderConfig | None = None) -> None:
