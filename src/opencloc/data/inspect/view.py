@@ -46,7 +46,7 @@ class ViewConfig:
     """Which: a random choice, or those from number `start` on."""
     start: Annotated[int, Field(ge=0)] = 0
     """Number of the first image, for `first`; at least 0."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Of the random choice."""
     image_px: Annotated[int, Field(ge=16)] = 480
     """Longest side of the images in the sheet; at least 16."""
@@ -82,7 +82,7 @@ def write_view(config: ViewConfig) -> Sheet:
         html = _template().render(
             data=config.data, labels=labels_of(source), cards=cards, size=source.size, sheet=sheet, config=config
         )
-        partial.write_text(html, encoding="utf-8")
+        partial.write_text(html, encoding="utf-8", errors="backslashreplace")  # paths may be any bytes
     return sheet
 
 

@@ -19,10 +19,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
+from pydantic import Field
 from pydantic.dataclasses import dataclass as checked
 
 from opencloc import files
@@ -52,7 +53,9 @@ class CocoConfig:
     instances: str | None = None  # file; None: the split's
     captions: str | None = None  # file; None: the split's, if it exists
     sidecar: str | None = None  # name of the labels beside the instances file, or FOLDER/name; they replace its boxes
-    image_px: int | None = None  # decode JPEGs no larger than needed for this long side; None: in full
+    image_px: Annotated[int, Field(ge=1)] | None = (
+        None  # decode JPEGs no larger than needed for this long side; None: in full
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
