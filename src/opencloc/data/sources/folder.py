@@ -6,7 +6,9 @@ What stands in those is the same as in shards.  Boxes refer to the pixels as sto
 from __future__ import annotations
 
 from collections import Counter
+from typing import Annotated
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from opencloc import files
@@ -22,7 +24,8 @@ class FolderConfig:
     """How an image folder is read."""
 
     sidecar: str | None = None  # name of the labels in the folder, or FOLDER/name; they replace the json's regions
-    image_px: int | None = None  # decode JPEGs no larger than needed for this long side; None: in full
+    # decode JPEGs no larger than needed for this long side; None: in full
+    image_px: Annotated[int, Field(ge=1)] | None = None
 
 
 class ImageFolder:
