@@ -142,7 +142,16 @@ def _data_pack(arguments: list[str]) -> None:
     """Write images and their labels as self-contained shards"""
     from opencloc.data.inspect.pack import PackConfig, pack
 
-    print(pack(_parse(PackConfig, arguments, "data pack")))
+    config = _parse(PackConfig, arguments, "data pack")
+    report = pack(config)
+    print(f"{config.out}\n{report}")
+
+
+def _data_cache(arguments: list[str]) -> None:
+    """Show or clear the cache of remote tars: its place, its size"""
+    from opencloc.data.tars.cache import CacheConfig, cache_report
+
+    print(cache_report(_parse(CacheConfig, arguments, "data cache")))
 
 
 def _data_scenes(arguments: list[str]) -> None:
@@ -216,6 +225,7 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "data stats": _data_stats,
     "data view": _data_view,
     "data pack": _data_pack,
+    "data cache": _data_cache,
 }
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opencloc.data.record import Record
+XX
 from opencloc.data.sidecar import (
     SCHEMA,
     Sidecar,

@@ -1,18 +1,18 @@
 """The training stream: which sample at which position, M regions per image, replacement of bad samples, workers, ranks.
 
-Owns what comes when.  Everything about position p of the stream (source, sample, caption, regions) is a pure function
-of (seed, p), so a run resumed at step k sees exactly the batches k, k + 1, ... of the uninterrupted run, with any
-number of workers and ranks, and every sample of a source comes once per epoch whatever their numbers.
+Everything about position p of the stream (source, sample, caption, regions) is a pure function of (seed, p).  So a run
+resumed at step k sees exactly the batches k, k + 1, ... of the uninterrupted run, with any number of workers and ranks,
+and every sample of a source comes once per epoch.
 
-Position p belongs to lane p mod L.  The order of the samples inside a source is `order.py`'s, which keeps a lane in few
-tars at a time; the rows of a batch are sorted by lane, so that a rank, which has consecutive rows, needs only the tars
-of its lanes.  Collation is `batch.py`'s.
+Position p belongs to lane p mod L.  The order inside a source (`shuffle`) keeps a lane in few tars at a time.  The rows
+of a batch are sorted by lane, so that a rank, which has consecutive rows, needs only the tars of its lanes.
 
 Symbols: B images of a batch over all ranks, M regions per image, L lanes, S side of the square.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 from collections import Counter
@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from opencloc.boxes import Letterbox
-from opencloc.data.batch import Batch, Example, Part, collate, join
+from opencloc.data.batch import Batch, Example, collate, join
 from opencloc.data.sample import Sample, Source
 from opencloc.data.shuffle import SHUFFLE, WholeOrder, WindowedOrder, permutation
 from opencloc.data.tars.shards import Shards
@@ -212,16 +212,6 @@ class _Rows:
         return (self.stop - self.start) * len(self.parts)
 
 
-class _Collate:
-    """`collate` with its processor: a class so that it crosses to worker processes."""
-
-    def __init__(self, processor: ClocProcessor) -> None:
-        self.processor = processor
-
-    def __call__(self, examples: Sequence[Example]) -> Part:
-        return collate(examples, self.processor)
-
-
 def training_batches(
     examples: TrainingExamples,
     processor: ClocProcessor,
@@ -252,7 +242,7 @@ def training_batches(
     loader = DataLoader(
         examples,
         batch_sampler=rows,  # pyright: ignore[reportArgumentType]
-        collate_fn=_Collate(processor),
+        collate_fn=functools.partial(collate, processor=processor),
         num_workers=num_workers,
         prefetch_factor=max(2, ahead // num_workers) if num_workers else None,
         pin_memory=torch.cuda.is_available(),

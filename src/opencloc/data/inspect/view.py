@@ -19,8 +19,7 @@ from PIL import Image
 
 from opencloc import files
 from opencloc.boxes import area
-from opencloc.data.record import encode_image
-from opencloc.data.sample import Sample, Source
+from opencloc.data.sample import Sample, Source, encode_image
 from opencloc.data.sources.labelled import labels_of, open_labelled
 from opencloc.errors import BadSample
 

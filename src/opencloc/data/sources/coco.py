@@ -19,7 +19,6 @@ import numpy as np
 
 from opencloc import files
 from opencloc.boxes import xywh_px_to_xyxy
-from opencloc.data.record import Record
 from opencloc.data.sample import Sample
 from opencloc.data.sidecar import SidecarRow, read_labels, with_labels
 from opencloc.errors import BadSample
@@ -89,12 +88,13 @@ class Coco:
             raise IndexError(f"{index} is not in 0 ... {self.size - 1} of {self!r}")
         _, name, width_px, height_px = self._images[index]
         key, where = os.path.splitext(name)[0], f"{self.images_path}/{name}"
-        record = Record(captions=self._captions[index], boxes=self._boxes[index], texts=self._texts[index])
+        record: dict[str, Any] = {"captions": self._captions[index], "boxes": self._boxes[index]}
+        record["texts"] = self._texts[index]
         if self._labels is not None:
             record = with_labels(record, self._labels.get(key), where)
         expected = (width_px, height_px)
         image = decode_image(self.image_bytes(index), where, self.config.image_px, expected_px=expected)
-        return record.sample(key, image, where)
+        return Sample(key=key, image=image, where=where, **record)
 
     def _read_boxes(self, instances: dict[str, Any], rows: dict[int, int]) -> tuple[list[np.ndarray], list[tuple]]:
         """Boxes (R, 4) and region texts of every image."""

@@ -9,8 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from opencloc import files
-from opencloc.data.record import IMAGE_EXTENSIONS, parse_record
-from opencloc.data.sample import Sample
+from opencloc.data.sample import IMAGE_EXTENSIONS, Sample, parse_record
 from opencloc.data.sidecar import SidecarRow, read_labels, with_labels
 from opencloc.errors import BadSample
 from opencloc.images import decode_image
@@ -89,7 +88,7 @@ class ImageFolder:
         if self._labels is not None:
             record = with_labels(record, self._labels.get(key), where)
         image = decode_image(self.image_bytes(index), where, self.config.image_px)
-        return record.sample(key, image, where)
+        return Sample(key=key, image=image, where=where, **record)
 
     def _where(self, name: str) -> str:
         return f"{self.location.rstrip('/')}/{name}"

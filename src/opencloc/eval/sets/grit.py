@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +22,9 @@ import pyarrow.parquet as pq
 
 from opencloc import files
 from opencloc.boxes import box_problem
-from opencloc.data.record import IMAGE_EXTENSIONS
+from opencloc.data.sample import IMAGE_EXTENSIONS
+from opencloc.data.tars.tar import read_members
+from opencloc.errors import BadSample
 from opencloc.eval.sets.item import EvalSet, RegionTexts, Stored
 
 NO_REGIONS = "image without regions"
@@ -84,16 +85,19 @@ def _rows_of_tar(tar: str, column: str, left_out: Counter[str]) -> Iterator[tupl
     rows = {str(row["key"]): row for row in _parquet_rows(parquet, column)} if files.exists(parquet) else None
     stored: dict[str, Stored] = {}
     records: dict[str, dict[str, Any]] = {}
-    with files.open_seekable(tar) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
-        for member in archive:
-            key, _, extension = member.name.rpartition(".")
-            if extension.lower() in IMAGE_EXTENSIONS:
-                stored[key] = Stored(path=tar, start=member.offset_data, num_bytes=member.size)
-            elif extension == "json" and rows is None and (file := archive.extractfile(member)) is not None:
-                try:
-                    records[key] = json.loads(file.read())
-                except ValueError as error:
-                    raise ValueError(f"{tar}: {member.name} is not JSON ({error})") from error
+    with files.open_seekable(tar) as stream:
+        try:
+            for member in read_members(stream, tar):
+                key = member.key
+                if member.extension in IMAGE_EXTENSIONS:
+                    stored[key] = Stored(path=tar, start=member.offset, num_bytes=member.size)
+                elif member.extension == "json" and rows is None:
+                    stream.seek(member.offset)
+                    records[key] = json.loads(stream.read(member.size))
+        except BadSample as broken:  # what came before it counts
+            left_out[broken.reason] += 1
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{tar}: {key}.json is not JSON ({error})") from error
     annotations = records if rows is None else rows
     for key, image in stored.items():
         row = annotations.get(os.path.basename(key) if rows is not None else key)
