@@ -131,7 +131,7 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno is not None:
             error.filename = error.filename or str(path)
         elif os.strerror(errno.ENOSPC) in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
@@ -214,9 +214,9 @@ def is_folder(url: str) -> bool:
 def glob(pattern: str) -> list[str]:
     """Files that match a glob pattern, sorted, as URLs of the same kind as the pattern."""
     fs, path = _filesystem(pattern)
-    found = sorted(fs.glob(path))
+    found: list[str] = sorted(fs.glob(path))  # pyright: ignore[reportAssignmentType]
     if (local := local_path(pattern)) is None:
-        return [fs.unstrip_protocol(path) for path in found]
+        return [str(fs.unstrip_protocol(path)) for path in found]
     return found if os.path.isabs(local) else [os.path.relpath(path) for path in found]
 
 
@@ -290,7 +290,8 @@ def sizes(folder: str) -> dict[str, int | None]:
     """Path below a folder -> size in bytes, of all files under it at any depth."""
     fs, path = _filesystem(folder)
     root = path.rstrip("/") + "/"
-    return {name.removeprefix(root): entry.get("size") for name, entry in fs.find(path, detail=True).items()}
+    found: Any = fs.find(path, detail=True)
+    return {name.removeprefix(root): entry.get("size") for name, entry in found.items()}
 
 
 def cache_folder(name: str) -> Path:

@@ -56,7 +56,7 @@ class Sample:
 
 
 def region_problem(boxes: np.ndarray, texts: Sequence[str], scores: np.ndarray | None) -> tuple[str, str] | None:
-    """(reason, detail) of what is wrong with boxes (R, 4), texts and scores (R,) of one image; None if they are sound."""
+    """(reason, detail) of what is wrong with boxes (R, 4), texts and scores (R,) of an image; None if all is sound."""
     if len(boxes) != len(texts) or (scores is not None and len(scores) != len(boxes)):
         count = "no" if scores is None else len(scores)
         detail = f"{len(boxes)} boxes, {len(texts)} texts, {count} scores"
@@ -78,7 +78,7 @@ def text_problem(*texts: str) -> tuple[str, str] | None:
     """(reason, detail) if one of the texts holds half a surrogate pair, which nothing can encode; else None."""
     for text in texts:
         try:
-            text.isascii() or text.encode()
+            text.encode()
         except UnicodeEncodeError as error:
             return "text is not valid Unicode", f"{text!r}: {error.reason} at {error.start}"
     return None

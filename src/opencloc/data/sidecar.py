@@ -136,7 +136,7 @@ def _box_column(rows: list[SidecarRow]) -> pa.Array:
 class Sidecar(Mapping[str, SidecarRow]):
     """The rows of a sidecar by key, in the order of the file; each is made when it is asked for.
 
-    A row that is unsound (box outside the image, numbers that don't match, bytes that are not UTF-8, ...) comes with its
+    A row that is unsound (box outside the image, numbers that don't match, bytes that are not UTF-8) comes with its
     `error` saying so and without regions.  Raises `FileNotFoundError`, or `ValueError` naming the file if it is no
     Parquet, its columns are not those of `SCHEMA`, a key comes twice, or there is a null where none is allowed.
     """
@@ -203,23 +203,34 @@ def read_labels(location: str, name: str) -> dict[str, SidecarRow]:
 
     Raises as `read_sidecar`, and `ValueError` if a key lies in two parts.
     """
-    path = sidecar_path(location, name)
-    if files.exists(path):
-        return read_sidecar(path)
-    folder, whole = os.path.split(path)
-    stem, ending = whole[: -len(f".{os.path.basename(name)}.parquet")], f".{os.path.basename(name)}.parquet"
-    part_name = re.compile(re.escape(stem) + r"-\d{5}" + re.escape(ending))
-    there = files.children(folder) if files.is_folder(folder or ".") else []
-    parts = [part for part in there if part_name.fullmatch(os.path.basename(part))]
-    if not parts:
-        raise FileNotFoundError(f"{path}: no such sidecar, nor parts of it")
     rows: dict[str, SidecarRow] = {}
-    for part in parts:
+    for part in _label_files(location, name):
         found = read_sidecar(part)
         if twice := found.keys() & rows.keys():
             raise ValueError(f"{part}: key {min(twice)!r} lies in an earlier part too")
         rows |= found
     return rows
+
+
+def label_sizes(location: str, name: str | None) -> dict[str, int | None]:
+    """The sizes of the files that `read_labels` reads, by their names; none without a `name`."""
+    paths = _label_files(location, name) if name is not None else []
+    return {os.path.basename(path): files.version(path).size for path in paths}
+
+
+def _label_files(location: str, name: str) -> list[str]:
+    """The one sidecar of a folder or JSON, or its parts in order."""
+    path = sidecar_path(location, name)
+    if files.exists(path):
+        return [path]
+    folder, whole = os.path.split(path)
+    ending = f".{os.path.basename(name)}.parquet"
+    part_name = re.compile(re.escape(whole.removesuffix(ending)) + r"-\d{5}" + re.escape(ending))
+    there = files.children(folder) if files.is_folder(folder or ".") else []
+    parts = [part for part in there if part_name.fullmatch(os.path.basename(part))]
+    if not parts:
+        raise FileNotFoundError(f"{path}: no such sidecar, nor parts of it")
+    return parts
 
 
 def with_labels(record: Mapping[str, Any], row: SidecarRow | None, where: str) -> dict[str, Any]:

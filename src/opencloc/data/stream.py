@@ -27,6 +27,7 @@ from opencloc.boxes import Letterbox
 from opencloc.data.batch import Batch, Example, collate, join
 from opencloc.data.sample import Sample, Source
 from opencloc.data.shuffle import SHUFFLE, WholeOrder, WindowedOrder, permutation
+from opencloc.data.sources.mosaic import NamedSource
 from opencloc.data.tars.shards import Shards
 from opencloc.errors import BadSample
 from opencloc.images import letterbox_array
@@ -79,15 +80,22 @@ class TrainingExamples(Dataset[Example]):
             return WindowedOrder(source.counts, seed, lanes=self.lanes, shuffle=SHUFFLE)
         return WholeOrder(source.size, seed) if source.size is not None else None
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Changes when the data would come in another order: other sources, sizes, tars, shares, seed or lanes."""
+        """Changes when the data would come in another order: other sources, sizes, names, shares, seed or lanes."""
         parts: list[Any] = [self.seed, self.lanes, *self.shares.tolist()]
-        for source in self.sources:
+        for source in map(_stored, self.sources):
             parts.append(source.size)
             if isinstance(source, Shards):
                 parts += [source.counts.tobytes(), [url.rsplit("/", 1)[-1] for url in source.urls]]
-        return hashlib.blake2b(repr(parts).encode(errors="surrogateescape"), digest_size=16).hexdigest()
+            elif isinstance(source, NamedSource) and source.size is not None:
+                parts += map(source.identity, range(source.size))
+        return _digest(parts)
+
+    @functools.cached_property
+    def labels_fingerprint(self) -> str:
+        """Changes when files with captions or regions have another size: the order is the same, the content is not."""
+        return _digest([sorted(getattr(_stored(source), "label_sizes", dict)().items()) for source in self.sources])
 
     def draw(self, position: int) -> tuple[int, int]:
         """(which source, how many of its samples came before) of a position."""
@@ -162,6 +170,16 @@ class TrainingExamples(Dataset[Example]):
             skipped=skipped,
             kept=kept,
         )
+
+
+def _stored(source: Source) -> Any:
+    """The source whose files another one is made of: mosaics of photos, crops of regions."""
+    inner = getattr(source, "photos", None) or getattr(source, "regions", None)
+    return source if inner is None else _stored(inner)
+
+
+def _digest(parts: list[Any]) -> str:
+    return hashlib.blake2b(repr(parts).encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
 def choose_caption(sample: Sample, rng: random.Random) -> str:

@@ -25,7 +25,7 @@ class PackConfig:
     data: str
     """The images: a folder, tars, or any `KIND:LOCATION?key=value` of files."""
     out: str
-    """Folder for the tars, on this machine; must hold none yet, but for those of the same command when it was killed."""
+    """Folder for the tars, on this machine; holds none yet, or those of the same command when it was killed."""
     sidecar: str | None = None
     """Name of the labels; None: the only ones that lie beside the images, else the images' own regions."""
     samples_per_shard: int = 1000

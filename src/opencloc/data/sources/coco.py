@@ -20,7 +20,7 @@ import numpy as np
 from opencloc import files
 from opencloc.boxes import xywh_px_to_xyxy
 from opencloc.data.sample import Sample
-from opencloc.data.sidecar import SidecarRow, read_labels, with_labels
+from opencloc.data.sidecar import SidecarRow, label_sizes, read_labels, with_labels
 from opencloc.errors import BadSample
 from opencloc.images import decode_image
 
@@ -82,6 +82,11 @@ class Coco:
             raise BadSample("missing image file", path) from error
         except OSError as error:
             raise BadSample("unreadable image file", path, str(error)) from error
+
+    def label_sizes(self) -> dict[str, int | None]:
+        """Sizes of the files that regions come from."""
+        path = self.instances_path
+        return {"instances": files.version(path).size} | label_sizes(path, self.config.sidecar)
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.size:

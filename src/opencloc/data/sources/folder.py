@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from opencloc import files
 from opencloc.data.sample import IMAGE_EXTENSIONS, Sample, parse_record
-from opencloc.data.sidecar import SidecarRow, read_labels, with_labels
+from opencloc.data.sidecar import SidecarRow, label_sizes, read_labels, with_labels
 from opencloc.errors import BadSample
 from opencloc.images import decode_image
 
@@ -77,6 +77,11 @@ class ImageFolder:
     def image_bytes(self, index: int) -> bytes:
         """The image of a sample as it is stored."""
         return self._read(self._names[index])
+
+    def label_sizes(self) -> dict[str, int | None]:
+        """Sizes of the files that captions and regions come from."""
+        sizes = files.sizes(self.location)
+        return {note: sizes.get(note) for note in self._notes} | label_sizes(self.location, self.config.sidecar)
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.size:

@@ -1,4 +1,4 @@
-"""The cache: local copies of remote tars, and other things that can be made again, shared by all processes of a machine.
+"""The cache: local copies of remote tars and what is known of tars, shared by all processes of a machine.
 
 A copy is downloaded once, however many processes ask for it; the longest unused ones are removed when room is needed.
 Everything in the cache can be deleted at any time.
@@ -37,7 +37,7 @@ _KINDS = {
 class CacheConfig:
     """Shows the cache of remote tars and their indices.
 
-    The environment variable OPENCLOC_CACHE sets its place, by default ~/.cache/opencloc.  The copies of remote tars take
+    The environment variable OPENCLOC_CACHE sets its place, by default ~/.cache/opencloc.  Copies of remote tars take
     up to 50 GB; a source sets another size by its option, as in `shards:s3://bucket/{000..999}.tar?cache_gb=200`.
     Everything in the cache can be deleted at any time: it is made again.
     """
@@ -84,7 +84,7 @@ def version_of(url: str) -> files.Version:
 
 
 def _check_version(url: str, version: files.Version) -> None:
-    if files.version(url) != version:
+    if version_of(url) != version:
         raise OSError(f"{url} was replaced by another file while it was in use")
 
 
@@ -120,6 +120,7 @@ def _download(url: str, version: files.Version, copy: Path, limit_gb: float) -> 
                 raise OSError(f"{part.stat().st_size} of {version.size} bytes came")
             _check_version(url, version)
 
+    _check_version(url, version)
     _patiently(url, fetch)
 
 

@@ -1,6 +1,6 @@
 """How many samples each of many tars holds, and where in a tar they lie, with as little reading as can be.
 
-Counts come from what was found earlier (kept in the cache's folder `counts`, one file per folder of tars), img2dataset's
+Counts come from what was found earlier (kept in the cache's folder `counts`, a file per folder of tars), img2dataset's
 `XXXXX_stats.json` (`successes`), the rows of a remote tar's sidecar, and last a pass over the tar's headers.  The
 positions of a training stream depend on these counts, so a kept count stays as long as the tar does.
 
@@ -106,7 +106,7 @@ def _count_folder(folder: str, urls: dict[int, str], sidecar: str | None, cache_
         kept = _read_kept(kept_at)
         start = time.perf_counter()
         answers = pool.map(ask, urls.values())
-        known = dict(zip(urls, track(answers, "counting samples", total=len(urls)), strict=True))
+        known = dict(zip(urls, track(answers, "counting samples", total=len(urls), unit="tars"), strict=True))
         if time.perf_counter() - start >= _COUNTS_WORTH_KEEPING_S:
             kept |= {os.path.basename(urls[number]): one for number, one in known.items() if one is not None}
             entries = {name: [one.samples, one.version, one.problems] for name, one in kept.items()}
@@ -138,22 +138,24 @@ def _count(
     if there is None or os.path.basename(stats) in there:
         with contextlib.suppress(OSError):
             successes = _successes(files.read_bytes(stats))
-            if 0 <= successes <= (version.size or _LARGEST_TAR) // _BYTES_PER_SAMPLE:
+            if successes is not None and 0 <= successes <= (version.size or _LARGEST_TAR) // _BYTES_PER_SAMPLE:
                 return successes, {}
-            warnings.warn(f"{stats}: no number of successes that its tar could hold; the tar is counted", stacklevel=2)
+            if successes is not None:
+                warnings.warn(f"{stats}: no count that its tar could hold; the tar itself is counted", stacklevel=2)
     if sidecar is not None and files.local_path(url) is None:
         with contextlib.suppress(OSError, pa.ArrowException), files.open_seekable(sidecar_path(url, sidecar)) as stream:
             return pq.ParquetFile(stream).metadata.num_rows, {}
-    index = index_shard(local_tar(url, version, cache_gb))
+    index = index_shard(local_tar(url, version_of(url), cache_gb))  # a listing may write a version in another way
     return len(index.keys), dict(index.problems)
 
 
-def _successes(data: bytes) -> int:
-    """img2dataset's count of samples in a `_stats.json`; -1 where there is none."""
-    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-        successes = json.loads(data)["successes"]
-        return successes if type(successes) is int else -1
-    return -1
+def _successes(data: bytes) -> int | None:
+    """img2dataset's count of samples in a `_stats.json`; None if it says none, -1 if it makes no sense."""
+    try:
+        successes = json.loads(data).get("successes")
+    except (ValueError, AttributeError, RecursionError):
+        return -1
+    return successes if type(successes) is int or successes is None else -1
 
 
 def load_index(url: str, cache_gb: float) -> tuple[ShardIndex, files.Version]:

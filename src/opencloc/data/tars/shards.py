@@ -140,6 +140,13 @@ class Shards:
         decoded = decode_image(image, where, self.config.image_px)
         return Sample(key=key, image=decoded, where=where, **record)
 
+    def label_sizes(self) -> dict[str, int | None]:
+        """Size of every tar, and of its sidecar if that is read: another one says that the labels are others."""
+        wanted = [*self.urls, *(sidecar_path(url, name) for url in self.urls if (name := self.config.sidecar))]
+        listed = {folder: files.versions(folder) or {} for folder in {os.path.dirname(url) for url in wanted}}
+        found = {url: listed[os.path.dirname(url)].get(os.path.basename(url)) for url in wanted}
+        return {os.path.basename(url): version and version.size for url, version in found.items()}
+
     def prefetch(self, shards: Sequence[int]) -> None:
         """Will have local copies of these tars soon, if they are remote; returns at once."""
         urls = [url for shard in shards if files.local_path(url := self.urls[shard]) is None]
@@ -170,9 +177,7 @@ class Shards:
             raise BadSample((*broken, "shard is shorter than its index says")[0], index.url, detail)
         return found
 
-    def _read(
-        self, index: ShardIndex, version: files.Version, row: int
-    ) -> tuple[bytes, bytes | None, bytes | None]:
+    def _read(self, index: ShardIndex, version: files.Version, row: int) -> tuple[bytes, bytes | None, bytes | None]:
         """Bytes of image, json and txt, by one read over the members of the sample."""
         spans = index.spans[row].tolist()
         start = min(offset for offset, size in spans if size >= 0)

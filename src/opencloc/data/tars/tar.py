@@ -116,7 +116,8 @@ def iter_shard(url: str, max_px: int | None = None) -> Iterator[Sample | BadSamp
 
     A sample that cannot be used comes as a `BadSample` whose `where` is its key.  One whose `where` is `url` belongs to
     no key: "duplicate key" and "members of a sample are not adjacent" (the first members of the key came as a sample),
-    "truncated tar" and "not a tar" (always the last).  `max_px` as in `decode_image`.  Raises `FileNotFoundError` and other `OSError` of the file itself.
+    "truncated tar" and "not a tar" (always the last).  `max_px` as in `decode_image`.  Raises `FileNotFoundError` and
+    other `OSError` of the file itself.
     """
     with files.open_seekable(url) as stream:
         for group in _groups(stream, url, load=True):

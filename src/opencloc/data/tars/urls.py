@@ -18,8 +18,8 @@ def expand_urls(pattern: str | Sequence[str], *, must_exist: bool = True) -> lis
 
     A pattern is a file, a folder (its `*.tar`), a glob, or any of these with braces (`{00000..00007}.tar`, `{a,b}`), on
     this machine or at an fsspec URL; or several of them.  A file or folder of exactly that name goes before a pattern.
-    Unless `must_exist`, a name that ends in `.tar` is taken as it is, without a look: of many remote shards each look is
-    a request.
+    Unless `must_exist`, a name that ends in `.tar` is taken as it is, without a look: at many remote shards each look
+    is a request.
 
     Raises `FileNotFoundError` naming what is not there, and `ValueError` for a brace range that runs backwards or a
     folder whose writing was not finished.
@@ -54,9 +54,7 @@ def expand_urls(pattern: str | Sequence[str], *, must_exist: bool = True) -> lis
 
 
 def _not_finished(folder: str) -> str:
-    return (
-        f"{folder} was not finished ({UNFINISHED} lies in it): run the command that writes it again, or delete the folder"
-    )
+    return f"{folder} was not finished ({UNFINISHED} lies in it): run the command that writes it again, or delete it"
 
 
 def _expand_braces(pattern: str) -> list[str]:

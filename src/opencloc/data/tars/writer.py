@@ -58,7 +58,7 @@ class ShardWriter:
         with contextlib.suppress(FileNotFoundError):
             begun = json.loads(Path(self.folder, UNFINISHED).read_text())
             if begun["tars"] and (self._job is None or begun["job"] != self._job):
-                raise FileExistsError(f"{self.folder} holds an unfinished job with other settings: delete it, or choose another folder")
+                raise FileExistsError(f"{self.folder} holds an unfinished job with other settings")
             self.progress = begun["progress"]
             self.paths = [os.path.join(self.folder, f"{number:05d}.tar") for number in range(begun["tars"])]
             if os.path.exists(self._path):  # complete, but its progress was not kept
