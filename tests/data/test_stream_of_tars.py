@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
