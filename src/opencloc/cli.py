@@ -153,9 +153,14 @@ def _data_pack(arguments: list[str]) -> None:
 
     config = _parse(PackConfig, arguments, "data pack")
     report = pack(config)
-    print(config.out)
-    renamed = f", {report.renamed:,} of them renamed" if report.renamed else ""
-    print(f"{report.samples:,} images in {len(report.paths):,} tars{renamed}{_but(report.left_out)}")
+    print(f"{config.out}\n{report}")
+
+
+def _data_cache(arguments: list[str]) -> None:
+    """Show or clear the cache of remote tars: its place, its size"""
+    from opencloc.data.tars.cache import CacheConfig, cache_report
+
+    print(cache_report(_parse(CacheConfig, arguments, "data cache")))
 
 
 def _but(skipped: Mapping[str, int]) -> str:
@@ -240,6 +245,7 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "data stats": _data_stats,
     "data view": _data_view,
     "data pack": _data_pack,
+    "data cache": _data_cache,
 }
 
 if __name__ == "__main__":

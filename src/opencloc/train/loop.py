@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,6 +107,10 @@ def run(config: TrainConfig, ranks: Ranks, device: torch.device) -> Path:
         state = load_checkpoint(resume_from, model, optimizer)
         step, skipped = state["step"], Counter(state["skipped"] if ranks.is_first else ())
         check_data(state["data"], examples.fingerprint, resume_from)
+        if state.get("labels") not in (None, examples.labels_fingerprint):
+            warnings.warn(
+                f"{resume_from}: captions or regions have changed since; the run goes on with them", stacklevel=2
+            )
     batches = training_batches(
         examples,
         processor,
@@ -123,6 +128,7 @@ def run(config: TrainConfig, ranks: Ranks, device: torch.device) -> Path:
 
     def save() -> None:
         state = {"step": step, "skipped": dict(all_skipped()), "data": examples.fingerprint}
+        state["labels"] = examples.labels_fingerprint
         keep = config.keep_checkpoints
         save_checkpoint(checkpoints, step, model, processor, optimizer, state, keep=keep, ranks=ranks)
 

@@ -21,8 +21,7 @@ from pydantic.dataclasses import dataclass as checked
 
 from opencloc import files
 from opencloc.boxes import area
-from opencloc.data.record import encode_image
-from opencloc.data.sample import Sample, Source
+from opencloc.data.sample import Sample, Source, encode_image
 from opencloc.data.sources.labelled import labels_of, open_labelled
 from opencloc.errors import BadSample
 from opencloc.progress import track

@@ -28,9 +28,8 @@ from pydantic.dataclasses import dataclass as checked
 
 from opencloc import files
 from opencloc.boxes import xywh_px_to_xyxy
-from opencloc.data.record import Record
 from opencloc.data.sample import Sample
-from opencloc.data.sidecar import SidecarRow, read_labels, with_labels
+from opencloc.data.sidecar import SidecarRow, label_sizes, read_labels, with_labels
 from opencloc.errors import BadSample
 from opencloc.images import decode_image
 from opencloc.texts import class_name
@@ -135,6 +134,11 @@ class Coco:
         except OSError as error:
             raise BadSample("unreadable image file", path, str(error)) from error
 
+    def label_sizes(self) -> dict[str, int | None]:
+        """Sizes of the files that regions come from."""
+        path = self.instances_path
+        return {"instances": files.version(path).size} | label_sizes(path, self.config.sidecar)
+
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.size:
             raise IndexError(f"{index} is not in 0 ... {self.size - 1} of {self!r}")
@@ -143,12 +147,12 @@ class Coco:
         regions = slice(file.spans[index], file.spans[index + 1])
         texts = tuple(file.classes[label] for label in file.labels[regions])
         captions = self._captions.get(file.ids[index], ())
-        record = Record(captions=captions, boxes=file.boxes[regions].copy(), texts=texts)
+        record: dict[str, Any] = {"captions": captions, "boxes": file.boxes[regions].copy(), "texts": texts}
         if self._labels is not None:
             record = with_labels(record, self._labels.get(key), where)
         expected_px = self.annotated_px(index)
         image = decode_image(self.image_bytes(index), where, self.config.image_px, expected_px=expected_px)
-        return record.sample(key, image, where)
+        return Sample(key=key, image=image, where=where, **record)
 
 
 def is_coco_folder(folder: str) -> bool:
