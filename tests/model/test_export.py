@@ -72,11 +72,12 @@ def test_the_folders_own_processor_makes_the_square_that_training_saw(
 ) -> None:
     model, processor = make(family)
     folder = export_clip(model, processor, tmp_path / "export")
-    pixels = AutoImageProcessor.from_pretrained(folder, backend="pil")(images=photo(*size), return_tensors="pt")
-    ours = processor.letterbox([photo(*size)])[0]
-    with torch.no_grad():
-        embeddings = [model.encode_image(x).embedding for x in (pixels["pixel_values"], ours)]
-    assert (embeddings[0] * embeddings[1]).sum() > 0.99
+    own = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    theirs = own(images=photo(*size), return_tensors="pt")["pixel_values"]
+    ours, squashed = (processor.letterbox([i])[0] for i in (photo(*size), photo(*size).resize((32, 32))))
+    # of so small a square, the edges between photo and bars, which are whole pixels in one of them, are a large part
+    limit = 0.2 * (ours - squashed).abs().mean() if size[0] != size[1] else 0.02
+    assert (theirs - ours).abs().mean() < limit
 
 
 @pytest.mark.parametrize("square", [2, 4, 5])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tokenizers import Regex, normalizers
+from tokenizers import Regex, Tokenizer, normalizers
 
 from opencloc import files
 from opencloc.model import towers
@@ -64,18 +64,12 @@ def _complete_config(file: Path) -> None:
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """The tokenizer with the canonical form of texts built in, so that it makes of a text what training made of it."""
     save_tokenizer(tokenizer, folder)
-    own = tokenizer.backend_tokenizer.normalizer
-    canonical = [
-        normalizers.NFC(),
-        normalizers.Lowercase(),
-        normalizers.Replace(Regex(r"\s+"), " "),
-        normalizers.Strip(),
-    ]
-    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
-    backend.normalizer = normalizers.Sequence([*canonical, *([own] if own is not None else [])])
-    backend.no_truncation()
-    backend.no_padding()
-    backend.save(str(folder / "tokenizer.json"))
+    file = str(folder / "tokenizer.json")
+    backend = Tokenizer.from_file(file)
+    spaces = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    own = [backend.normalizer] if backend.normalizer is not None else []
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase(), *spaces, *own])
+    backend.save(file)
 
 
 def _image_processor(config: Any, processor: ClocProcessor) -> dict[str, dict[str, Any]]:

@@ -22,7 +22,7 @@ from opencloc.model import towers
 
 # What older versions of transformers saved although it is computed: no sign of a wrong checkpoint.
 _COMPUTED = re.compile(r"(^|\.)embeddings\.position_ids$")
-_TOKENIZER_FILES = "tokenizer.json, or vocab.json with merges.txt, or spiece.model"
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 
 
 def model_path(path: str | Path) -> str:
@@ -61,7 +61,8 @@ def load_weights(load: Callable[..., Any], path: str | Path, *args: Any, **optio
         pickles = sorted(file.name for file in folder.glob("*.bin"))
         also = f"; {pickles[0]} is a pickle, which may run code, and is not opened" if pickles else ""
         raise ValueError(f"{path}: there is no model.safetensors{also}")
-    options = options | {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # they are refused below, by name
     with naming(path):
         model, info = load(name, *args, **options)
     for what, key in (("misshapen", "mismatched_keys"), ("missing", "missing_keys"), ("unexpected", "unexpected_keys")):
@@ -75,15 +76,23 @@ def load_weights(load: Callable[..., Any], path: str | Path, *args: Any, **optio
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a checkpoint.  Raises ValueError for one that knows no text, as of a folder without its files.
+    """The tokenizer of a checkpoint.  Raises ValueError for one that knows no text, and where its files are missing.
 
     Whether it fits a text tower is for `check_tokenizer`.
     """
     name = model_path(path)
+    check_tokenizer_files(path)
     with naming(path):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     _check_reads(tokenizer, path)
     return tokenizer
+
+
+def check_tokenizer_files(path: str | Path) -> None:
+    """Raises ValueError for a folder without a tokenizer: transformers would make one that knows no text."""
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ValueError(f"{path}: the tokenizer's files are missing ({', or '.join(_TOKENIZER_FILES)})")
 
 
 def load_processor(path: str | Path, kind: Any = AutoProcessor) -> Any:
@@ -105,7 +114,7 @@ def check_tokenizer(tokenizer: Any, config: Any, where: str | Path) -> None:
     """
     _check_reads(tokenizer, where)
     vocab_size, length = config.text_config.vocab_size, towers.max_text_length(config)
-    if not 0 <= vocab_size - len(tokenizer) <= max(1024, vocab_size // 10):
+    if not 0 <= vocab_size - len(tokenizer) <= max(64, vocab_size // 10):
         raise ValueError(
             f"{where}: the tokenizer has {len(tokenizer)} entries, the text tower a vocabulary of {vocab_size}: "
             "it is another model's"
@@ -132,13 +141,11 @@ def check_tokenizer(tokenizer: Any, config: Any, where: str | Path) -> None:
 
 
 def _check_reads(tokenizer: Any, where: str | Path) -> None:
-    """Raises ValueError for a tokenizer that takes all texts for the same, as transformers makes one of no files."""
+    """Raises ValueError for a tokenizer that takes all texts for the same, as transformers makes one where files are missing."""
     with naming(where):
         seen = {tuple(tokenizer(probe)["input_ids"]) for probe in (*string.ascii_lowercase, "dog", "person", "red")}
     if len(seen) < 2:
-        raise ValueError(
-            f"{where}: the tokenizer gives every text the same tokens: its files are missing ({_TOKENIZER_FILES})"
-        )
+        raise ValueError(f"{where}: the tokenizer gives every text the same tokens: files of it are missing")
 
 
 @contextlib.contextmanager

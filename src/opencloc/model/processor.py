@@ -1,8 +1,8 @@
 """ClocProcessor: images and strings -> the model's tensors, saved beside the model.
 
 Images are letterboxed (paper section 4.1: long side resized, then padded to a square) and normalised; texts are
-brought to their canonical form and tokenised.  The tokenizer is any fast tokenizer of transformers; `train_tokenizer` makes one from the
-texts of a data set where there is no vocabulary at hand.
+brought to their canonical form and tokenised.  The tokenizer is any fast tokenizer of transformers; `train_tokenizer`
+makes one from the texts of a data set where there is no vocabulary at hand.
 
 Symbols: B images, S side of the square in pixels, T text tokens.
 """
@@ -123,6 +123,7 @@ class ClocProcessor(ProcessorMixin):
             raise ValueError(f"{path} holds a {config.model_type!r} model: use ClocProcessor.from_clip")
         if folder.is_dir() and not (folder / "processor_config.json").is_file():
             raise ValueError(f"{path}: there is no processor_config.json")
+        loading.check_tokenizer_files(path)
         with loading.naming(path):
             processor: Any = super().from_pretrained(str(folder), **options | {"trust_remote_code": False})
         if config is not None:
@@ -171,7 +172,7 @@ class ClocProcessor(ProcessorMixin):
         pixels = squares.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         return pixels.sub_(offset[:, None, None]).mul_(scale[:, None, None])
 
-    def tokenize(self, texts: str | Sequence[str]) -> Int[Tensor, "B T"]:
+    def tokenize(self, texts: str | Sequence[Any]) -> Int[Tensor, "B T"]:
         """Token ids of one text or many, cut to the towers' length, padded to the longest (SigLIP: to the full length).
 
         Texts are brought to their canonical form first (`opencloc.texts`): NFC, lower case, runs of white space as one
@@ -194,7 +195,7 @@ class ClocProcessor(ProcessorMixin):
         sequences = [ids[: ids.index(end_id) + 1] for ids in rows]
         return pack(sequences, max_length=self.max_text_length, pad_id=end_id if pad_id is None else pad_id)
 
-    def _encode(self, texts: str | Sequence[str], **options: Any) -> Any:
+    def _encode(self, texts: str | Sequence[Any], **options: Any) -> Any:
         listed = [texts] if isinstance(texts, str) else texts
         for i, text in enumerate(listed):
             if not isinstance(text, str):
@@ -222,6 +223,11 @@ def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
     if settings.get("tokenizer_class") == "TokenizersBackend":  # its name in version 5
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    if (saved := Path(folder) / "tokenizer.json").is_file():
+        backend = Tokenizer.from_file(str(saved))
+        backend.no_truncation()  # both are as the last call left them
+        backend.no_padding()
+        backend.save(str(saved))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
