@@ -70,13 +70,20 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     own = [backend.normalizer] if backend.normalizer is not None else []
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase(), *spaces, *own])
     backend.save(file)
+    content = json.loads(Path(file).read_text())
+    merges = content["model"].get("merges")
+    if merges and all(isinstance(m, list) and not any(" " in part for part in m) for m in merges):
+        content["model"]["merges"] = [
+            " ".join(m) for m in merges
+        ]  # as tokenizers < 0.20 (transformers 4.37) wants them
+        files.write_json(file, content)
 
 
 def _image_processor(config: Any, processor: ClocProcessor) -> dict[str, dict[str, Any]]:
     """File name -> content.
 
-    transformers 5 reads processor_config.json and pads, with LLaVA's image processor; version 4 reads the other file,
-    whose CLIPImageProcessor cannot pad.
+    transformers 5 reads processor_config.json and letterboxes as training does; version 4 (and LLaVA and Ferret, which
+    use it) reads the other file, whose CLIPImageProcessor cannot pad.
     """
     side = processor.image_size
     common = {
@@ -106,10 +113,11 @@ def _image_processor(config: Any, processor: ClocProcessor) -> dict[str, dict[st
         }
         kind = "CLIPProcessor"
     newer = {
-        "image_processor_type": "LlavaImageProcessor",
+        "image_processor_type": "JanusImageProcessor",  # the one that resizes the long side, then pads with the mean
         "do_pad": True,
-        "size": {"shortest_edge": side},
-        "do_center_crop": True,
+        "min_size": 1,
+        "size": square,
+        "do_center_crop": False,
         "crop_size": square,
     }
     return {

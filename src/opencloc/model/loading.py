@@ -141,7 +141,7 @@ def check_tokenizer(tokenizer: Any, config: Any, where: str | Path) -> None:
 
 
 def _check_reads(tokenizer: Any, where: str | Path) -> None:
-    """Raises ValueError for a tokenizer that takes all texts for the same, as transformers makes one where files are missing."""
+    """Raises ValueError for a tokenizer that takes all texts for the same: transformers makes one where files miss."""
     with naming(where):
         seen = {tuple(tokenizer(probe)["input_ids"]) for probe in (*string.ascii_lowercase, "dog", "person", "red")}
     if len(seen) < 2:
