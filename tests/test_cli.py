@@ -40,7 +40,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
         (["train", "huge"], 1, "'huge' is neither a preset (tiny, small"),
         (["train", "tiny", "--data.train", "scenes:rich?num_thing=3"], 1, "num_thing"),
         (["eval", "--data", "scenes:easy", "--model", "nowhere"], 1, "nowhere: no such folder"),
-        (["export", "--model", "nowhere", "--out", "x"], 1, "nowhere is no checkpoint folder"),
+        (["export", "--model", "nowhere", "--out", "x"], 1, "nowhere: no such folder"),
     ],
 )
 def test_errors_say_what_was_wrong_and_where(

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, CLIPConfig, Siglip2Config, SiglipConfig
+from transformers import CLIPConfig, Siglip2Config, SiglipConfig
 
 from opencloc.config import ModelConfig, TrainConfig
 from opencloc.data.sources.spec import open_source
 from opencloc.errors import BadSample
 from opencloc.model.cloc import ClocConfig, ClocModel
+from opencloc.model.loading import load_config, load_tokenizer
 from opencloc.model.processor import ClocProcessor, train_tokenizer
 
 TOKENIZER_SAMPLES = 2000  # samples per source whose texts train a tokenizer
@@ -60,14 +61,14 @@ def _build(config: TrainConfig, resume_from: Path | None) -> tuple[ClocModel, Cl
     }
     region["regions_trained"] = False  # `build_model` says otherwise where the loss has regions
     if model_config.init_from is not None:
-        kind = AutoConfig.from_pretrained(model_config.init_from).model_type
+        kind = load_config(model_config.init_from).model_type
         if kind == "cloc":
             processor = ClocProcessor.from_pretrained(model_config.init_from)
-            return ClocModel.from_pretrained(model_config.init_from, use_safetensors=True), processor
+            return ClocModel.from_pretrained(model_config.init_from), processor
         return ClocModel.from_clip(model_config.init_from, **region), ClocProcessor.from_clip(model_config.init_from)
     tokenizer: Any
     if model_config.tokenizer is not None:
-        tokenizer = AutoTokenizer.from_pretrained(model_config.tokenizer)
+        tokenizer = load_tokenizer(model_config.tokenizer)
     else:
         tokenizer = train_tokenizer(texts_of(config.data.train), model_config.vocab_size, model_config.text_length)
     clip = tower_config(model_config, tokenizer)

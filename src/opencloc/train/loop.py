@@ -146,6 +146,7 @@ def run(config: TrainConfig, ranks: Ranks, device: torch.device) -> Path:
             loss, output = backward(parallel, batch, config.loss, config.micro_batch_size, bf16=bf16, ranks=ranks)
             grad_norm = clip_gradients(model, config.optim.grad_clip)
             optimizer.step()
+            model.bound_scales()
             optimizer.zero_grad(set_to_none=True)
             step += 1
 
