@@ -3,16 +3,16 @@
     python -m venv /tmp/venv-data
     /tmp/venv-data/bin/pip install webdataset datasets pillow==13.0.0 numpy
     export OMP_NUM_THREADS=1
-    python benchmarks/data.py --data ../shared/data --python /tmp/venv-data/bin/python --out results/data
+    python -m benchmarks.data --data ../shared/data --python /tmp/venv-data/bin/python --out results/data
 
 The libraries run in their own interpreter (`benchmarks/data_libraries.py`).  Every reader does the same work: photo and
-caption out of the tar, shuffled, JPEG decoded, letterboxed to 224 pixels.  One process each, measured in CPU seconds,
-which other programs on the machine don't prolong much; all take turns, round by round, and the medians are compared.
-Bare decoding has the bytes in memory: decode at the scale needed, resize, nothing else.
+caption out of the tar, shuffled, JPEG decoded, letterboxed to 224 pixels.  Each is one process, measured in CPU
+seconds, which other programs on the machine hardly prolong.  All take turns, and medians are compared.  Bare decoding
+has the bytes in memory: it decodes at the scale needed and resizes, nothing else.
 
 Two sets of tars are made from the photos of coco740, as img2dataset makes them (`KEY.jpg`, `KEY.json`, `KEY.txt` with a
 caption): the photos as they are (short side 256), and enlarged three times (short side 768), as photos lie on the web.
-Regions, which the libraries know nothing of, are in none of them but in those of the reader `opencloc, with regions`.
+The libraries know nothing of regions, so only the reader `opencloc, with regions` gets tars that have them.
 
 Prints Markdown and writes it to OUT/README.md, with the figures in OUT/figures.json.
 """
@@ -24,10 +24,8 @@ import io
 import json
 import os
 import pickle
-import platform
 import statistics
 import subprocess
-import sys
 import tarfile
 import tempfile
 import time
@@ -37,17 +35,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
 import torch
 from PIL import Image
 
+from benchmarks.common import facts, save, table, take_turns
 from opencloc.data.sources.coco import Coco, CocoConfig
 from opencloc.data.stream import TrainingExamples, training_batches
 from opencloc.data.tars.shards import Shards, ShardsConfig, ShardWriter
 from opencloc.model.processor import ClocProcessor, train_tokenizer
 
 SIDE = 224
-BATCH = 64
 Round = Callable[[int], tuple[int, float]]  # number of the round -> images, CPU seconds
 
 
@@ -55,21 +52,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder with coco740/")
     parser.add_argument("--python", help="interpreter with webdataset and datasets; without it they are left out")
-    parser.add_argument("--out", help="folder for README.md and figures.json")
-    parser.add_argument(
-        "--photos", type=int, default=320, help=f"of the first set, at least {4 * BATCH}; of the second a quarter"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for README.md and figures.json")
+    parser.add_argument("--photos", type=int, default=320, help="of the first set; of the second a quarter")
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    figures: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "python": platform.python_version(),
-        "pillow": PIL.__version__,
-        "processor": _processor_name(),
-        "rounds": arguments.rounds,
-        "sets": {},
-    }
+    if arguments.photos < 4 * arguments.batch_size:
+        parser.error(f"--photos must be at least {4 * arguments.batch_size}, four batches")
+    figures: dict[str, Any] = facts() | {"rounds": arguments.rounds, "sets": {}}
     with tempfile.TemporaryDirectory() as work:
         os.environ["OPENCLOC_CACHE"] = f"{work}/cache"
         for name, enlarge, limit in (
@@ -78,14 +69,8 @@ def main() -> None:
         ):
             folder = f"{work}/{enlarge}"
             photos = write_tars(f"{arguments.data}/coco740", folder, enlarge, limit)
-            figures["sets"][name] = measure(folder, photos, arguments.python, arguments.rounds)
-    report = markdown(figures)
-    print(report)
-    if arguments.out:
-        out = Path(arguments.out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
-        (out / "README.md").write_text(report)
+            figures["sets"][name] = measure(folder, photos, arguments.python, arguments.rounds, arguments.batch_size)
+    save(arguments.out, figures, markdown(figures))
 
 
 def write_tars(location: str, folder: str, enlarge: int, limit: int) -> list[bytes]:
@@ -129,7 +114,7 @@ def add_captions(tar: str) -> None:
     os.replace(f"{tar}.new", tar)
 
 
-def measure(folder: str, photos: list[bytes], python: str | None, rounds: int) -> dict[str, Any]:
+def measure(folder: str, photos: list[bytes], python: str | None, rounds: int, batch_size: int) -> dict[str, Any]:
     """Microseconds of CPU per image of every reader, all rounds."""
     readers: dict[str, Round] = {"bare decode and resize": lambda _: bare(photos)}
     source, with_regions = (Shards(f"{folder}/{kind}", ShardsConfig(image_px=SIDE)) for kind in ("plain", "regions"))
@@ -137,7 +122,7 @@ def measure(folder: str, photos: list[bytes], python: str | None, rounds: int) -
     readers["opencloc"] = lambda number: stream(source, number)
     readers["opencloc, with regions"] = lambda number: stream(with_regions, number)
     processor = ClocProcessor(train_tokenizer(["a photo of a dog"], 300, 32), image_size=SIDE, max_text_length=32)
-    readers["opencloc, batches of tensors"] = lambda number: batches(with_regions, processor, number)
+    readers["opencloc, batches of tensors"] = lambda number: batches(with_regions, processor, number, batch_size)
     children = []
     if python is not None:
         for library in ("webdataset", "datasets"):
@@ -145,14 +130,10 @@ def measure(folder: str, photos: list[bytes], python: str | None, rounds: int) -
                 child = start_library(python, library, mode, source.urls)
                 children.append(child)
                 readers[f"{library}, {mode.replace('-', ' ')}"] = lambda _, child=child: ask(child)
-    micros: dict[str, list[float]] = {name: [] for name in readers}
-    for number in range(rounds + 1):
-        for name, read in readers.items():
-            images, cpu_s = read(number)
-            assert images == len(photos) // BATCH * BATCH or images == len(photos), f"{name} read {images}"
-            if number:  # the first round warms up
-                micros[name].append(1e6 * cpu_s / images)
-                print(f"{folder} round {number}: {micros[name][-1]:,.0f} us {name}", file=sys.stderr)
+    spent = take_turns(readers, rounds)
+    micros = {name: [1e6 * cpu_s / images for images, cpu_s in found] for name, found in spent.items()}
+    counts = {images for found in spent.values() for images, _ in found}
+    assert counts <= {len(photos), len(photos) // batch_size * batch_size}, f"some reader read {counts}"
     for child in children:
         child.communicate()
     mean_kb = statistics.mean(map(len, photos)) / 1000
@@ -185,13 +166,13 @@ def stream(source: Shards, number: int) -> tuple[int, float]:
     return source.size, time.process_time() - start
 
 
-def batches(source: Shards, processor: ClocProcessor, number: int) -> tuple[int, float]:
+def batches(source: Shards, processor: ClocProcessor, number: int, batch_size: int) -> tuple[int, float]:
     """With captions and region texts tokenised, images stacked and normalised."""
     start = time.process_time()
-    per_epoch = source.size // BATCH
+    per_epoch = source.size // batch_size
     first = number * per_epoch
     made = training_batches(
-        fresh(source), processor, batch_size=BATCH, start=first, stop=first + per_epoch, num_workers=0
+        fresh(source), processor, batch_size=batch_size, start=first, stop=first + per_epoch, num_workers=0
     )
     images = sum(len(batch.pixel_values) for batch in made)
     return images, time.process_time() - start
@@ -221,39 +202,25 @@ def ask(child: subprocess.Popen[str]) -> tuple[int, float]:
 
 
 def markdown(figures: dict[str, Any]) -> str:
-    lines = [
-        "# The data path",
-        "",
-        f"One core of {figures['processor']}, Python {figures['python']}, Pillow {figures['pillow']}; medians of "
+    """The figures as a page."""
+    versions = figures["versions"]
+    parts = [
+        "# The data path\n",
+        f"{figures['hardware']}, Python {versions['python']}, Pillow {versions['pillow']}; medians of "
         f"{figures['rounds']} rounds in which the readers take turns, in CPU time.  `ratio`: speed relative to bare "
-        "decoding, with the lowest and highest of the rounds (each against the bare decoding of its own round).",
-        "",
-        f"    {figures['command']}",
+        "decoding, with the lowest and highest of the rounds (each against the bare decoding of its own round).\n",
+        f"    {figures['command']}\n",
     ]
     for name, found in figures["sets"].items():
-        rounds = found["cpu_us_per_image"]
-        bare = rounds["bare decode and resize"]
-        lines += [
-            "",
-            f"## {found['photos']} photos, {name}, {found['mean_kb']} kB each",
-            "",
-            "| reader | CPU µs per image | images/s per core | ratio | range |",
-            "|---|---|---|---|---|",
-        ]
+        rounds, rows = found["cpu_us_per_image"], []
         for reader, micros in rounds.items():
             median = statistics.median(micros)
-            ratios = sorted(b / m for b, m in zip(bare, micros, strict=True))
-            lines.append(
-                f"| {reader} | {median:,.0f} | {1e6 / median:,.0f} | {statistics.median(ratios):.2f} "
-                f"| {ratios[0]:.2f} to {ratios[-1]:.2f} |"
-            )
-    return "\n".join(lines) + "\n"
-
-
-def _processor_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+            ratios = sorted(b / m for b, m in zip(rounds["bare decode and resize"], micros, strict=True))
+            spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+            rows.append([reader, f"{median:,.0f}", f"{1e6 / median:,.0f}", f"{statistics.median(ratios):.2f}", spread])
+        parts.append(f"## {found['photos']} photos, {name}, {found['mean_kb']} kB each\n")
+        parts.append(table(["reader", "CPU µs per image", "images/s per core", "ratio", "range"], rows))
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":

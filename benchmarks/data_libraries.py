@@ -2,9 +2,10 @@
 
     python benchmarks/data_libraries.py {webdataset,datasets} {as-documented,scaled} TAR...
 
-For every line on standard input it reads all images once, shuffled, decoded and letterboxed to 224 pixels, with their
-captions, and prints {"images": ..., "cpu_s": ...}.  `as-documented` lets the library decode; with `scaled` it hands
-over the bytes, and the JPEG is decoded at the scale needed, as opencloc does it.  Needs neither torch nor opencloc.
+Every line on standard input asks for one pass over all images: shuffled, decoded and letterboxed to 224 pixels, with
+their captions.  The answer is one line, {"images": ..., "cpu_s": ...}.  `as-documented` lets the library decode;
+`scaled` asks it for the bytes and decodes the JPEG at the scale needed, as opencloc does.  Needs neither torch nor
+opencloc.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What a run will take: parameters, arithmetic, memory and step time from formulas, before a GPU is rented.
+"""What a run will take, from formulas, before a GPU is rented: parameters, arithmetic, memory and step time.
 
     python -m benchmarks.estimate                  # the table of docs/guides/scale.md
     python -m benchmarks.estimate --gpus 16 --memory-gb 40 --tflops 150
 
-Tests hold the formulas against small models: parameters exactly, arithmetic against torch's counter, activations
-against what autograd keeps.  They are written for CLIP towers with the default Prompter and box head.  The speed of a
-GPU is an input, not a finding: `--tflops` is what it reaches in the towers, some 40 % of an H100's 989 in bf16.
+Tests compare the formulas with small models: parameters exactly, arithmetic with torch's counter, activations with what
+autograd keeps.  The formulas hold for CLIP towers with the default Prompter and box head.  The speed of a GPU is an
+input, not a finding: `--tflops` is what it reaches in the towers, some 40 % of an H100's 989 in bf16.
 
 Left out, all small: the Prompter's arithmetic (under 1 % of a tower's), norms, the optimizer's step, and communication
 that overlaps with computation.  Data loading must keep up by itself.

@@ -1,12 +1,12 @@
 """What labelling costs: the engine around the models, the models, one worker against two, cached text embeddings.
 
-    python benchmarks/label.py --data ../shared/data --yolox ../shared/models/yolox_nano.onnx --out results/label
+    python -m benchmarks.label --data ../shared/data --yolox ../shared/models/yolox_nano.onnx --out results/label
 
-Prints Markdown and writes it to OUT/label.md, with the figures in OUT/label.json.  Photos and captions are coco740's.
-OWLv2 is measured with random weights of the B/16 sizes: speed doesn't depend on their values.
+Photos and captions come from coco740.  Unless --owlv2 names a checkpoint, OWLv2 has random weights of the B/16 sizes:
+speed does not depend on their values.  CPU seconds are those of the process with all its threads, which do not grow
+when other programs compete for the cores; wall times do.
 
-CPU seconds are those of the process with all its threads; they don't grow when other programs compete for the cores,
-wall times do.
+Prints Markdown and writes it to OUT/label.md, with the figures in OUT/label.json.
 """
 
 from __future__ import annotations
@@ -14,36 +14,32 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
-import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from transformers import CLIPTokenizer, Owlv2Config, Owlv2ForObjectDetection
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 
+from benchmarks.common import facts, save, table
 from opencloc.data.sidecar import read_sidecar, write_sidecar
 from opencloc.data.sources.coco import Coco, CocoConfig
 from opencloc.data.tars.shards import ShardWriter, iter_shard
-from opencloc.train.loop import has_native_bf16
+from opencloc.devices import has_native_bf16
+from opencloc.vesl.captioners import CaptionConfig
 from opencloc.vesl.config import LabelConfig
 from opencloc.vesl.detect import Detections
 from opencloc.vesl.filters import FilterConfig, filter_detections
-from opencloc.vesl.label import find_shards, label_shard, load_engine, versions
+from opencloc.vesl.label import find_shards, label_shard, load_engine
 from opencloc.vesl.owl import OwlDetector, TextCache
 from opencloc.vesl.phrases import extract_phrases, ngram_phrases
 from opencloc.vesl.run import RunConfig, run_label
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for examples/, in the workers too
 DETECTIONS = 40  # per image, what an open-vocabulary detector leaves above the threshold
 RESOLUTION = 448
 
@@ -87,9 +83,9 @@ def engine_cost(shard: str, folder: Path) -> tuple[dict[str, float], dict[str, f
     """(CPU milliseconds per image of all but the models, as a whole and by step; what a sidecar holds and weighs)."""
     config = LabelConfig(
         data=(shard,),
-        output=str(folder / "engine"),
+        out=str(folder / "engine"),
         detector="benchmarks.label:constant_detector",
-        captions=dataclasses.replace(LabelConfig(data=("-",)).captions, existing_text="all-captions"),
+        captions=CaptionConfig(existing_text="all-captions"),
     )
     (unit,) = find_shards(config)
     engine = load_engine(config)
@@ -151,7 +147,7 @@ def detector_costs(shard: str, owlv2: Path, yolox: str | None, num_images: int) 
         )
         few = range(0, min(8, len(images)), 4)
         detector(images[:1], phrases[:1])
-        costs[f"OWLv2 B/16, {RESOLUTION} px, {dtype}, batches of 4"] = (
+        costs[f"OWLv2, {RESOLUTION} px, {dtype}, batches of 4"] = (
             per_call_ms(lambda i, run=detector: run(images[i : i + 4], phrases[i : i + 4]), few) / 4
         )
     return costs
@@ -178,15 +174,15 @@ def text_cache(shard: str, owlv2: Path, num_images: int) -> list[dict[str, Any]]
     return rows
 
 
-def scaling(tars: Sequence[str], folder: Path, detector: str) -> list[dict[str, float]]:
-    """Images per second of whole runs with 1 and 2 local workers.
+def scaling(tars: Sequence[str], folder: Path, detector: str, counts: Sequence[int]) -> list[dict[str, float]]:
+    """Images per second of whole runs with so many local workers.
 
-    `running` counts the time in which workers label, `wall` also starting them and loading their models.
+    `running` counts the time in which workers label; `wall` adds starting them and loading their models.
     """
     rows = []
-    for workers in (1, 2):
-        config = LabelConfig(data=tuple(tars), output=str(folder / f"workers{workers}"), detector=detector)
-        report = run_label(config, RunConfig(workers=workers), console=Console(file=StringIO()))
+    for workers in counts:
+        config = LabelConfig(data=tuple(tars), out=str(folder / f"workers{workers}"), detector=detector)
+        report = run_label(config, RunConfig(workers=workers))
         if not report.complete:
             raise RuntimeError(f"the run with {workers} workers failed: {report.stopped or report.failed_shards}")
         busy = sum(one.seconds["total"] for one in report.reports)
@@ -200,53 +196,51 @@ def scaling(tars: Sequence[str], folder: Path, detector: str) -> list[dict[str, 
     return rows
 
 
-def table(title: str, rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table of equal dictionaries."""
-    lines = [f"## {title}", "", "| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
-    for row in rows:
-        lines.append("| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
-    return "\n".join([*lines, ""])
+def section(title: str, rows: Sequence[dict[str, Any]]) -> str:
+    """A heading and the table of equal dictionaries."""
+    return f"## {title}\n\n{table(list(rows[0]), (list(row.values()) for row in rows))}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with coco740/")
     parser.add_argument("--yolox", default="../shared/models/yolox_nano.onnx", help="ONNX file; empty: leave it out")
+    parser.add_argument("--owlv2", type=Path, help="folder of an OWLv2 checkpoint; default: a random B/16")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of local workers to compare")
     parser.add_argument("--images", type=int, default=256, help="images per shard; 4 shards are made")
     parser.add_argument("--out", type=Path, default=Path("results/label"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    yolox = f"examples.yolox_detector:factory?model={Path(arguments.yolox).resolve()}" if arguments.yolox else None
+    example = Path(__file__).parents[1] / "examples" / "yolox_detector.py"
+    yolox = f"{example}:make_detector?model={Path(arguments.yolox).resolve()}" if arguments.yolox else None
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         tars = make_shards(arguments.data, folder / "tars", 4, arguments.images)
-        owlv2 = save_owlv2(folder / "owlv2")
+        owlv2 = arguments.owlv2 or save_owlv2(folder / "owlv2")
         engine, storage = engine_cost(tars[0], folder)
-        figures: dict[str, Any] = {
-            "hardware": f"{platform.processor() or platform.machine()}, torch threads: {torch.get_num_threads()}",
-            "versions": versions(),
+        detectors = detector_costs(tars[0], owlv2, yolox, 64)
+        figures = facts() | {
             "images": arguments.images,
             "engine_cpu_ms": engine,
             "storage": storage,
-            "detector_cpu_ms": detector_costs(tars[0], owlv2, yolox, 64),
+            "detector_cpu_ms": detectors,
             "text_embeddings": text_cache(tars[0], owlv2, min(128, arguments.images)),
-            "scaling": scaling(tars, folder, yolox or "benchmarks.label:constant_detector"),
+            "scaling": scaling(tars, folder, yolox or "benchmarks.label:constant_detector", arguments.workers),
         }
     parts = [
         "# Labelling",
         "",
         f"{figures['hardware']}; {arguments.images} photos of coco740 per shard (short side 256 px).",
         "",
-        table("Engine, CPU ms per image", [{"step": k, "ms": v} for k, v in figures["engine_cpu_ms"].items()]),
-        table("Sidecars", [figures["storage"]]),
-        table("Detectors, CPU ms per image", [{"detector": k, "ms": v} for k, v in figures["detector_cpu_ms"].items()]),
-        table("OWLv2 B/16 text embeddings, CPU ms per image", figures["text_embeddings"]),
-        table("Local workers, images per second", figures["scaling"]),
+        section("Engine, CPU ms per image", [{"step": k, "ms": v} for k, v in engine.items()]),
+        section("Sidecars", [figures["storage"]]),
+        section(
+            "Detectors, CPU ms per image", [{"detector": k, "ms": v} for k, v in figures["detector_cpu_ms"].items()]
+        ),
+        section("OWLv2 text embeddings, CPU ms per image", figures["text_embeddings"]),
+        section("Local workers, images per second", figures["scaling"]),
     ]
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "label.md").write_text("\n".join(parts))
-    (arguments.out / "label.json").write_text(json.dumps(figures, indent=2) + "\n")
-    print("\n".join(parts))
+    save(arguments.out, figures, "\n".join(parts), page="label.md", data="label.json")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
 """How good labels are, against human boxes: precision and recall of sidecars on coco740.
 
-    python benchmarks/label_quality.py --data "coco:../shared/data/coco740?split=train" \
+    python -m benchmarks.label_quality --data "coco:../shared/data/coco740?split=train" \\
         --labels nouns=runs/vesl/nouns/vesl n-grams=runs/vesl/n-grams/vesl --out results/vesl
 
-The rule, per image: regions, best score first, each take the free human box that they overlap most, if by an IoU of at
-least 0.5.  Precision is the share of regions that got a box, recall the share of boxes that were taken.  `box` counts
-any box; `box and text` only boxes whose class the region text stands for (by its last words, see
-examples/yolox_detector.py).  `named` recall leaves out boxes whose class no phrase of the image's caption stands for:
-no detector that is asked for phrases could find them.  Crowd annotations are left out, as everywhere.
+In each image, regions take human boxes, best score first: each takes the free box it overlaps most, if their IoU is at
+least 0.5.  Precision is the share of regions that got a box; recall is the share of boxes that were taken.  `box`
+counts any box.  `box and text` counts only boxes whose class the region text stands for (by its last words, see
+examples/yolox_detector.py).  `named` recall leaves out boxes whose class no phrase of the caption stands for, which no
+detector that is asked for phrases could find.  Crowd annotations are left out, as everywhere.
+
+Prints Markdown and writes it to OUT/quality.md, with the figures in OUT/quality.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.common import save, table
+from examples.yolox_detector import COCO_CLASSES, class_of_phrase
 from opencloc import files
 from opencloc.boxes import pairwise_iou
 from opencloc.data.sidecar import read_labels, sidecar_path, stats_path
 from opencloc.data.sources.coco import Coco
 from opencloc.data.sources.spec import open_source
 from opencloc.vesl.phrases import extract_phrases
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for examples/
-from examples.yolox_detector import COCO_CLASSES, class_of_phrase
 
 MIN_IOU = 0.5
 
@@ -101,13 +101,11 @@ def _class_number(text: str) -> int:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table with one column per labels."""
-    lines = ["| | " + " | ".join(str(row["labels"]) for row in rows) + " |", "|" + " --- |" * (len(rows) + 1)]
-    for name in rows[0]:
-        if name != "labels":
-            shown = (f"{row[name]:.3f}" if isinstance(row[name], float) else f"{row[name]:,}" for row in rows)
-            lines.append(f"| {name} | " + " | ".join(shown) + " |")
-    return "\n".join([*lines, ""])
+    """The table with one column per set of labels."""
+    names = [name for name in rows[0] if name != "labels"]
+    shown = [[f"{row[n]:.3f}" if isinstance(row[n], float) else f"{row[n]:,}" for row in rows] for n in names]
+    head = ["", *(str(row["labels"]) for row in rows)]
+    return table(head, ([name, *cells] for name, cells in zip(names, shown, strict=True)))
 
 
 def main() -> None:
@@ -123,10 +121,7 @@ def main() -> None:
     for entry in arguments.labels:
         title, _, name = entry.partition("=")
         rows.append({"labels": title, **quality(photos, name)})
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "quality.md").write_text(markdown(rows))
-    (arguments.out / "quality.json").write_text(json.dumps(rows, indent=2) + "\n")
-    print(markdown(rows))
+    save(arguments.out, rows, markdown(rows), page="quality.md", data="quality.json")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,22 @@
 """What the region-text loss costs: the whole matrix against tiles, time and peak memory, forward and backward.
 
-    python benchmarks/loss.py --out results/loss                                   # 1 k to 64 k rows, one thread
-    python benchmarks/loss.py --out results/loss --rows 1024 2048 4096 8192 16384 32768
+    python -m benchmarks.loss --out results/loss                                   # 1 k to 64 k rows, one thread
+    python -m benchmarks.loss --out results/loss --rows 1024 2048 4096 8192 16384 32768
 
-Each case runs in a fresh process and the two forms take turns, so that peaks are the case's own and what else runs on
-the machine hits both alike.  Seconds are CPU seconds of the process (one thread), medians of the repeats.  Memory is
-the largest resident size above that of the process with its inputs, after a small warm-up: what the loss itself needs.
-Dense stops where it would need more than --max-gb; its figures beyond are extrapolated from the largest measured, with
-the square of the rows, and marked so.
+Each case runs in a fresh process, so that peaks are its own, and the two forms take turns.  Seconds are CPU seconds of
+the process (one thread), medians of the repeats.  Memory is the largest resident size above that of the process with
+its inputs after a small warm-up: what the loss itself needs.  The dense form stops where it would need more than
+--max-gb; beyond that its figures are extrapolated from the largest measured case with the square of the rows, and
+marked so.
 
-Rows are float32 embeddings of width 512, a tenth of them invalid, four rows to a distinct text, conflict filter as
-published.  Prints Markdown and writes it to OUT/README.md, with the figures in OUT/figures.json.
+Rows are float32 embeddings of width 512.  A tenth of them are invalid, four rows share a text, and the conflict filter
+is the published one.  Prints Markdown and writes it to OUT/README.md, with the figures in OUT/figures.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.common import facts, save
 from opencloc.contrastive import info_nce
 
 WIDTH = 512
@@ -59,24 +59,13 @@ def main() -> None:
                 found[form].append(in_fresh_process(form, rows))
                 print(f"{rows} rows, {form}: {found[form][-1]}", file=sys.stderr)
         figures.append({"rows": rows} | {form: summary(cases) for form, cases in found.items()})
-    args.out.mkdir(parents=True, exist_ok=True)
     settings = {"width": WIDTH, "invalid": INVALID, "rows_per_text": ROWS_PER_TEXT, "similar_above": SIMILAR_ABOVE}
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-    }
-    (args.out / "figures.json").write_text(
-        json.dumps({"settings": settings, "versions": versions, "cases": figures}, indent=2) + "\n"
-    )
-    text = report(figures)
-    (args.out / "README.md").write_text(text)
-    print(text)
+    save(args.out, facts() | {"settings": settings, "cases": figures}, report(figures))
 
 
 def in_fresh_process(form: str, rows: int) -> dict[str, float]:
     """What `measure` finds in a new process."""
-    command = [sys.executable, __file__, "--out", ".", "--case", form, str(rows)]
+    command = [sys.executable, "-m", "benchmarks.loss", "--out", ".", "--case", form, str(rows)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
@@ -159,9 +148,9 @@ def report(figures: list[dict[str, Any]]) -> str:
     lines = [
         "# The region-text loss at any size",
         "",
-        "Forward and backward pass, embeddings of width 512 in float32, one CPU thread; how: the first lines of",
-        "`benchmarks/loss.py`, in what circumstances: `run.txt`. (x) marks what was not run but extrapolated from the",
-        "largest dense case with the square of the rows.",
+        "Forward and backward pass, embeddings of width 512 in float32, one CPU thread. How: the first lines of",
+        "`benchmarks/loss.py`. (x) marks what was not run but extrapolated from the largest dense case with the",
+        "square of the rows.",
         "",
         "| rows | dense, s | tiled, s | time | dense, MB | tiled, MB | memory |",
         "|---:|---:|---:|---:|---:|---:|---:|",

@@ -2,11 +2,11 @@
 
     python -m venv VENV && VENV/bin/pip install torch numpy open_clip_torch && VENV/bin/pip uninstall -y timm
 
-Reads commands from standard input, one a line, and answers each with one line: `step` runs forward, loss, backward,
-clipping and AdamW on the batch in the file named on the command line, and answers {"busy_s": ..., "wall_s": ...}.
+Every line on standard input asks for one step (forward, loss, backward, clipping and AdamW) on the batch in the file
+named on the command line.  The answer is one line, {"busy_s": ..., "wall_s": ...}.
 
-open_clip imports torchvision for its image transforms, which are not used here, and torchvision cannot be imported
-beside every build of torch: where it cannot, empty classes stand in for it.
+open_clip imports torchvision for image transforms that are not used here.  Where torchvision does not fit the build of
+torch, empty classes stand in for it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import importlib.abc
 import importlib.machinery
 import json
 import sys
-import time
 import types
 from typing import Any
 
 import torch
+
+from benchmarks.common import timed
 
 
 class _BlankClass(type):
@@ -89,22 +90,6 @@ def main() -> None:
     print(json.dumps({"open_clip": open_clip.__version__, "torch": torch.__version__}), flush=True)
     for _ in sys.stdin:
         print(json.dumps(timed(step, device)), flush=True)
-
-
-def timed(step: Any, device: torch.device) -> dict[str, float]:
-    """Seconds of one step: `busy_s` of the GPU by its events, or of this process's threads on a CPU; `wall_s`."""
-    started = time.perf_counter()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        step()
-        end.record()
-        torch.cuda.synchronize()
-        return {"busy_s": begin.elapsed_time(end) / 1e3, "wall_s": time.perf_counter() - started}
-    busy = time.process_time()
-    step()
-    return {"busy_s": time.process_time() - busy, "wall_s": time.perf_counter() - started}
 
 
 if __name__ == "__main__":

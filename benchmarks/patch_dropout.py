@@ -1,9 +1,8 @@
-"""What a training step of `small` costs with some of the patches left out: a ratio, both in turn in one process.
+"""What a training step of `small` costs with some of the patches left out, as a ratio within one process.
 
-    OMP_NUM_THREADS=1 python benchmarks/patch_dropout.py --data ../shared/data > results/tuning/patch-dropout-step.txt
+    OMP_NUM_THREADS=1 python -m benchmarks.patch_dropout --data ../shared/data > results/tuning/patch-dropout-step.txt
 
-Owns results/tuning/patch-dropout-step.txt.  Photos, texts and optimizer as in recipes/photos.sh, on the CPU; batches
-are made beforehand.
+Photos, texts and optimizer are those of recipes/photos.sh, on the CPU.  Batches are made beforehand.
 """
 
 from __future__ import annotations

@@ -1,38 +1,36 @@
 """Regions per second: the Prompter against crop-and-encode and against RoIAlign, for 1 to 1,000 boxes on an image.
 
-    python benchmarks/regions.py --data ../shared/data --out results/regions
+    python -m benchmarks.regions --data ../shared/data --out results/regions
 
 ViT-B/16 at 224 px with random weights (speed does not depend on their values), a photo of coco740, random boxes, one
-image at a time.  The Prompter is `cross`, RoIAlign the `roi` Prompter (RoIAlign on the image tokens, mean, MLP,
-projection).  With the image: encoding it once and all its boxes; without: its boxes only.  Crop-and-encode cuts every
-box out, letterboxes it and encodes it as an image of its own; more than --crops of them are not run but extrapolated
-from a batch of --crops.  Methods take turns; seconds are those of the GPU, or of this process
-on a CPU.  Prints Markdown; figures go to OUT/figures.json.
+image at a time.  The Prompter is `cross`; RoIAlign is the `roi` Prompter (RoIAlign on the image tokens, mean, MLP,
+projection).  "With the image" encodes it once and then all its boxes; "image excluded" counts the boxes alone.
+Crop-and-encode cuts out every box, letterboxes it and encodes it as an image of its own; beyond --crops of them the
+figure is extrapolated from a batch of --crops.  Methods take turns.  Seconds are those of the GPU, or of this process
+on a CPU.
+
+Prints Markdown and writes it to OUT/tables.md, with the figures in OUT/figures.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
-from open_clip_step import timed
 from PIL import Image
-from step import hardware
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
+from benchmarks.common import facts, save, table, take_turns, timed
 from opencloc.data.sources.spec import open_source
+from opencloc.devices import has_native_bf16
 from opencloc.model.cloc import ClocConfig, ClocModel
 from opencloc.model.processor import ClocProcessor, train_tokenizer
-from opencloc.train.loop import has_native_bf16
 
 COUNTS = (1, 10, 100, 1000)  # boxes per image
 
@@ -42,6 +40,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds coco740")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=12, help="of the vision tower")
     parser.add_argument("--crops", type=int, default=4, help="most crops that are run at once")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
@@ -49,14 +48,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device = torch.device(args.device)
-    args.out.mkdir(parents=True, exist_ok=True)
 
     config = CLIPConfig(
         vision_config={
             "hidden_size": 768,
             "intermediate_size": 3072,
             "patch_size": 16,
-            "num_hidden_layers": 12,
+            "num_hidden_layers": args.layers,
             "num_attention_heads": 12,
             "image_size": 224,
         }
@@ -71,17 +69,13 @@ def main() -> None:
     bf16 = has_native_bf16(device)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         seconds = measure(models, image, args.rounds, args.crops, device)
-    figures: dict[str, Any] = {
-        "command": "python " + " ".join(sys.argv),
-        "hardware": hardware(device, args.threads),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    figures = facts(device) | {
         "precision": "bf16" if bf16 else "fp32",
         "crops_at_once": args.crops,
         "seconds": seconds,
-        "counts": table(seconds, args.crops),
+        "counts": regions_per_second(seconds, args.crops),
     }
-    (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
-    report(figures)
+    save(args.out, figures, report(figures), page="tables.md")
 
 
 def measure(
@@ -103,13 +97,8 @@ def measure(
         runners[f"{count} crops"] = lambda count=count: encode(
             crops(image, boxes[1000][0, :count], processor).to(device)
         )
-    seconds: dict[str, list[float]] = {name: [] for name in runners}
-    for r in range(-1, rounds):
-        for name, runner in runners.items():
-            found = timed(runner, device)["busy_s"]
-            if r >= 0:
-                seconds[name].append(found)
-    return seconds
+    clocks = {name: lambda _, run=run: timed(run, device)["busy_s"] for name, run in runners.items()}
+    return take_turns(clocks, rounds)
 
 
 def random_boxes(count: int) -> Tensor:
@@ -125,7 +114,7 @@ def crops(image: Image.Image, boxes: Tensor, processor: ClocProcessor) -> Tensor
     return processor.letterbox([image.crop(tuple(box)) for box in boxes_px])[0]
 
 
-def table(seconds: dict[str, list[float]], most_crops: int) -> dict[str, dict[str, float]]:
+def regions_per_second(seconds: dict[str, list[float]], most_crops: int) -> dict[str, dict[str, float]]:
     """Regions per second by number of boxes; ratios are medians over rounds of the ratio within a round."""
     found = {}
     per_crop = [s / most_crops for s in seconds[f"{most_crops} crops"]]
@@ -150,13 +139,14 @@ def table(seconds: dict[str, list[float]], most_crops: int) -> dict[str, dict[st
     return found
 
 
-def report(figures: dict[str, Any]) -> None:
+def report(figures: dict[str, Any]) -> str:
     """The figures as Markdown."""
-    print(f"{figures['hardware']}, {figures['precision']}\n")
     columns = list(next(iter(figures["counts"].values())))
-    print("| boxes | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
-    for count, row in figures["counts"].items():
-        print(f"| {count} | " + " | ".join(f"{row[c]:.2f}" if "/" in c else f"{row[c]:.1f}" for c in columns) + " |")
+    rows = [
+        [count, *(f"{row[c]:.2f}" if "/" in c else f"{row[c]:.1f}" for c in columns)]
+        for count, row in figures["counts"].items()
+    ]
+    return f"{figures['hardware']}, {figures['precision']}\n\n{table(['boxes', *columns], rows)}"
 
 
 if __name__ == "__main__":

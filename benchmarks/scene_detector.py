@@ -1,11 +1,10 @@
 """An open-vocabulary detector for generated scenes, with the faults of real ones; for `opencloc label` in the study.
 
-    opencloc label --data DIR --detector "benchmarks.scene_detector:factory?shards=DIR"
+    opencloc label --data DIR --detector "benchmarks/scene_detector.py:factory?shards=DIR"
 
-It recognises a scene by its pixels and knows what is in it.  A phrase finds an object if it names the thing; the more
-of the phrase describes the object, and the more of the object it says, the higher the score (words shared over words
-in all, at most 0.9).  A quarter of the objects is overlooked and edges of boxes are off by a tenth of the side, as in
-the study's noisy labels.
+It recognises a scene by its pixels and knows what is in it.  A phrase finds an object if it names the thing, and its
+score is the share of words that phrase and object have in common, at most 0.9.  A quarter of the objects are overlooked
+and the edges of boxes are off by a tenth of the side, as in the study's noisy labels.
 """
 
 from __future__ import annotations

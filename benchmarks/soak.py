@@ -1,15 +1,15 @@
 """Hours of training under kill -9: does the run end with the same checkpoint as one left in peace?
 
-    python benchmarks/soak.py --seconds 3600 --out results/soak
+    python -m benchmarks.soak --seconds 3600 --out results/soak
 
-Two runs of one configuration go side by side, one thread each.  The disturbed one is hit at random moments: its whole
-process group is killed or, every third time, one loader worker alone (the training must then end by itself, with an
-error), and it is started again with another number of workers.  The other is left alone.  At the end all files of the
-last checkpoints are compared byte by byte (CPU training is bitwise reproducible): weights, optimizer, step, counts of
+Two runs of one configuration go side by side, one thread each.  One is left alone.  The other is hit at random
+moments: its whole process group is killed or, every third time, one loader worker alone (the training must then end by
+itself, with an error).  It is started again with another number of workers.  At the end all files of the last
+checkpoints are compared byte by byte (CPU training is bitwise reproducible): weights, optimizer, step, counts of
 unusable samples.
 
-The data are generated scenes in tars, read as photos would be; one tar is cut short, one image broken.  The number of
-steps is chosen by a short trial so that the run takes about the time asked for.
+The data are generated scenes in tars, read as photos would be.  One tar is cut short and one image is broken.  A short
+trial chooses the number of steps, so that the run takes about the time asked for.
 
 Prints a summary and writes it to OUT/README.md, with every event in OUT/figures.json.  Exits with 1 if a file differs.
 """
@@ -32,6 +32,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import facts, save
 from opencloc.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, to_json
 from opencloc.data.scenes.scenes import SceneConfig, Scenes
 from opencloc.data.tars.shards import ShardWriter, index_shard
@@ -98,22 +99,21 @@ def main() -> int:
         metavar=("FROM", "TO"),
         help="seconds after its first step",
     )
+    parser.add_argument("--max-kills", type=int, default=10_000, help="then the run is left to end")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--out", required=True, help="folder for README.md and figures.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder for README.md and figures.json")
     arguments = parser.parse_args()
-    out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        figures = soak(work, arguments.seconds, tuple(arguments.kill_every), random.Random(arguments.seed))
-    figures = {"command": " ".join(["python", *sys.argv]), **figures}
-    (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
-    (out / "README.md").write_text(markdown(figures))
-    print(markdown(figures))
+        rng = random.Random(arguments.seed)
+        figures = facts() | soak(work, arguments.seconds, tuple(arguments.kill_every), arguments.max_kills, rng)
+    save(arguments.out, figures, markdown(figures))
     return 0 if figures["equal"] else 1
 
 
-def soak(work: Path, seconds: float, kill_every: tuple[float, float], rng: random.Random) -> dict[str, Any]:
+def soak(
+    work: Path, seconds: float, kill_every: tuple[float, float], max_kills: int, rng: random.Random
+) -> dict[str, Any]:
     """What happened, and whether the checkpoints are equal."""
     tars = write_tars(work / "tars")
     trial = configuration(work / "trial", tars, steps=TRIAL_STEPS, checkpoint_every=TRIAL_STEPS)
@@ -128,7 +128,7 @@ def soak(work: Path, seconds: float, kill_every: tuple[float, float], rng: rando
     peace = start_training(configs["undisturbed"], work / "undisturbed.log", 1)
     run = Disturbed(config=configs["disturbed"], log=work / "disturbed.log")
     try:
-        disturb(run, kill_every, rng)
+        disturb(run, kill_every, max_kills, rng)
         assert peace.wait() == 0, (work / "undisturbed.log").read_text()[-2000:]
     finally:
         for process in (peace, run.process):
@@ -149,14 +149,14 @@ def soak(work: Path, seconds: float, kill_every: tuple[float, float], rng: rando
     }
 
 
-def disturb(run: Disturbed, kill_every: tuple[float, float], rng: random.Random) -> None:
+def disturb(run: Disturbed, kill_every: tuple[float, float], max_kills: int, rng: random.Random) -> None:
     """Starts the run, kills it and starts it again, until it has ended by itself."""
     hits = 0
     run.start(num_workers=2)
     while True:
         assert run.process is not None
         try:
-            code = run.wait_for_steps() or run.process.wait(rng.uniform(*kill_every))
+            code = run.wait_for_steps() or run.process.wait(rng.uniform(*kill_every) if hits < max_kills else None)
         except subprocess.TimeoutExpired:
             run.hit(worker_only=hits % 3 == 2)
             hits += 1

@@ -1,15 +1,16 @@
 """What a training step costs: CLIP against CLOC, with and without each saving, and other implementations of CLIP.
 
-    python benchmarks/step.py --data ../shared/data --out results/step --python VENV/bin/python     # two CPU cores
-    python benchmarks/step.py --data ../shared/data --out results/step --python VENV/bin/python \
+    python -m benchmarks.step --data ../shared/data --out results/step --python VENV/bin/python     # two CPU cores
+    python -m benchmarks.step --data ../shared/data --out results/step --python VENV/bin/python \\
         --batch-size 256 --rounds 30 --extra-rounds 10                                              # one GPU
 
-A step is forward, losses, backward, clipping and AdamW, ViT-B/16 at 224 px, M regions per image.  Photos, captions and
-boxes are coco740's: a caption is four of its five human captions (48 tokens on average), the region texts are noun
-phrases of the captions, as VESL makes them, on the boxes in order.  All variants of this project and plain transformers
-share one pair of towers; open_clip runs in a process of its own (`open_clip_step.py`).  Variants take turns, and ratios
-are formed within a round, so that what else runs on the machine hits all alike.  Seconds are those of the GPU, or of
-this process on a CPU.  Prints Markdown; figures go to OUT/figures.json.
+A step is forward, losses, backward, clipping and AdamW for ViT-B/16 at 224 px with M regions per image.  Photos,
+captions and boxes come from coco740.  A caption is four of its five human captions (48 tokens on average).  The region
+texts are noun phrases of the captions, as VESL makes them, given to the boxes in order.  All variants of this project
+and plain transformers share one pair of towers; open_clip runs in a process of its own (`open_clip_step.py`).  Variants
+take turns and ratios are formed within a round.  Seconds are those of the GPU, or of this process on a CPU.
+
+Prints Markdown and writes it to OUT/tables.md, with the figures in OUT/figures.json.
 """
 
 from __future__ import annotations
@@ -18,19 +19,14 @@ import argparse
 import contextlib
 import copy
 import json
-import platform
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from open_clip_step import timed
-from step_setup import Inputs, Step, make_inputs, make_models, make_parts, make_step, make_variants
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -38,11 +34,14 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.common import facts, save, table, take_turns, timed
+from benchmarks.step_setup import Inputs, Step, make_inputs, make_models, make_parts, make_step, make_variants
+from opencloc.devices import has_native_bf16
 from opencloc.model.cloc import ClocModel
 from opencloc.model.packing import PackedTexts
-from opencloc.train.loop import has_native_bf16
+from opencloc.presets import PRESETS
 
-Timer = Callable[[], dict[str, float]]  # runs once: busy and wall seconds
+Timer = Callable[[int], dict[str, float]]  # number of the round -> busy and wall seconds
 
 
 def main() -> None:
@@ -50,6 +49,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds coco740")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--python", help="python of a venv with open_clip; without it open_clip is left out")
+    parser.add_argument("--preset", choices=list(PRESETS), default="vit_b16", help="sizes of the model")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--num-regions", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5, help="of the main variants")
@@ -63,16 +63,13 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device(args.device)
     bf16 = has_native_bf16(device)
-    args.out.mkdir(parents=True, exist_ok=True)
+    model = PRESETS[args.preset]().model
 
-    inputs, config = make_inputs(args.data, args.batch_size, args.num_regions, device)
+    inputs, config = make_inputs(args.data, model, args.batch_size, args.num_regions, device)
     models, optimizer = make_models(config, device)
     losses, main_variants = make_variants(models, inputs)
     steps = {name: make_step(loss, optimizer, device, bf16) for name, loss in losses.items()}
-    figures: dict[str, Any] = {
-        "command": "python " + " ".join(sys.argv),
-        "hardware": hardware(device, args.threads),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    figures: dict[str, Any] = facts(device) | {
         "precision": "bf16" if bf16 else "fp32",
         "batch_size": args.batch_size,
         "num_regions": args.num_regions,
@@ -80,13 +77,14 @@ def main() -> None:
 
     def found(name: str, value: Any) -> None:  # saved at once: later stages take long
         figures[name] = value
-        (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+        save(args.out, figures)
 
-    large, _ = make_inputs(args.data, args.flops_batch_size, args.num_regions, torch.device("cpu"))
-    found("tokens", {str(len(i.pixel_values)): i.tokens for i in (inputs, large)})
-    found("gflop_per_image", {str(len(i.pixel_values)): count_flops(models, i) for i in (inputs, large)})
+    large, _ = make_inputs(args.data, model, args.flops_batch_size, args.num_regions, torch.device("cpu"))
+    by_size = {str(len(i.pixel_values)): i for i in (inputs, large)}
+    found("tokens", {size: i.tokens for size, i in by_size.items()})
+    found("gflop_per_image", {size: count_flops(models, i) for size, i in by_size.items()})
     parts = timers(make_parts(models["cross"], optimizer, inputs, bf16), device)
-    part_times = take_turns(parts, list(parts), args.rounds, 0)
+    part_times = take_turns(parts, args.rounds)
     found("part_seconds", part_times)
     found("parts", parts_ratio(part_times))
     gflop = figures["gflop_per_image"][str(args.batch_size)]["CLOC cross"] * args.batch_size
@@ -101,15 +99,16 @@ def main() -> None:
             main_variants = [*main_variants, "open_clip"]
         if args.only:
             runners = {name: runner for name, runner in runners.items() if name in args.only}
-        times = take_turns(runners, main_variants, args.rounds, args.extra_rounds)
+        others = {name: args.extra_rounds for name in runners if name not in main_variants}
+        times = take_turns(runners, args.rounds, fewer=others)
     found("seconds", times)
     found("ratios", ratios(times))
-    report(figures)
+    save(args.out, figures, report(figures), page="tables.md")
 
 
 def timers(steps: dict[str, Step], device: torch.device) -> dict[str, Timer]:
     """The steps, timed."""
-    return {name: lambda step=step: timed(step, device) for name, step in steps.items()}
+    return {name: lambda _, step=step: timed(step, device) for name, step in steps.items()}
 
 
 # -- measuring -----------------------------------------------------------------------------------------------------
@@ -137,7 +136,7 @@ def count_flops(models: dict[str, ClocModel], inputs: Inputs) -> dict[str, float
 
 
 @contextlib.contextmanager
-def open_clip_worker(python: str, inputs: Inputs, threads: int, bf16: bool) -> Iterator[tuple[Any, dict[str, str]]]:
+def open_clip_worker(python: str, inputs: Inputs, threads: int, bf16: bool) -> Iterator[tuple[Timer, dict[str, str]]]:
     """(runs one step of open_clip in its own process, versions there)."""
     with tempfile.TemporaryDirectory() as folder:
         batch = {
@@ -146,13 +145,13 @@ def open_clip_worker(python: str, inputs: Inputs, threads: int, bf16: bool) -> I
             "device": str(inputs.pixel_values.device),
         }
         torch.save(batch, f"{folder}/batch.pt")
-        command = [python, str(Path(__file__).with_name("open_clip_step.py")), f"{folder}/batch.pt", str(threads)]
+        command = [python, "-m", "benchmarks.open_clip_step", f"{folder}/batch.pt", str(threads)]
         process: Any = subprocess.Popen(
             [*command, "bf16" if bf16 else "fp32"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         versions = json.loads(process.stdout.readline())
 
-        def step() -> dict[str, float]:
+        def step(_: int) -> dict[str, float]:
             process.stdin.write("step\n")
             process.stdin.flush()
             return json.loads(process.stdout.readline())
@@ -164,28 +163,8 @@ def open_clip_worker(python: str, inputs: Inputs, threads: int, bf16: bool) -> I
             process.wait()
 
 
-def take_turns(
-    runners: dict[str, Timer], main_variants: list[str], rounds: int, extra_rounds: int
-) -> dict[str, list[dict[str, float]]]:
-    """Seconds by variant and round; the order turns by one place every round. A first round only warms up."""
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in runners}
-    names = list(runners)
-    for r in range(-1, rounds):
-        for name in names[r % len(names) :] + names[: r % len(names)]:
-            if name in main_variants or 0 <= r < extra_rounds:
-                seconds = runners[name]()
-                if r >= 0:
-                    times[name].append(seconds)
-                print(
-                    f"{r:3d} {name:60s} {seconds['busy_s']:8.3f} s, wall {seconds['wall_s']:8.3f} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
-    return times
-
-
 def ratios(times: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Of each variant to the CLIP step, and to open_clip's: median, least and largest over the rounds."""
+    """Each variant against the CLIP step and against open_clip's: median, least and largest over the rounds."""
     found = {}
     for base in ("CLIP", "open_clip", "CLIP, captions of 77 tokens"):
         for name, rows in times.items():
@@ -245,7 +224,7 @@ def kind_of(operator: str) -> str:
 
 
 def parts_ratio(times: dict[str, list[dict[str, float]]]) -> dict[str, float]:
-    """CLOC step / CLIP step from the medians of their parts: what CLOC adds is small, and so is then its error."""
+    """CLOC step / CLIP step from the medians of their parts.  What CLOC adds is small, so its error is small too."""
     median = {name: statistics.median(row["busy_s"] for row in rows) for name, rows in times.items()}
     clip = sum(value for name, value in median.items() if name.startswith("CLIP"))
     added = sum(value for name, value in median.items() if name.startswith("CLOC"))
@@ -253,55 +232,52 @@ def parts_ratio(times: dict[str, list[dict[str, float]]]) -> dict[str, float]:
     return {"clip_s": clip, "added_s": added, "ratio": 1 + added / clip}
 
 
-def hardware(device: torch.device, threads: int) -> str:
-    """The device in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()}), {threads} thread(s)"
-
-
-def report(figures: dict[str, Any]) -> None:
+def report(figures: dict[str, Any]) -> str:
     """The figures as Markdown."""
-    print(f"{figures['hardware']}, {figures['precision']}, batch {figures['batch_size']}, M = {figures['num_regions']}")
+    kinds = f"{figures['precision']}, batch {figures['batch_size']}, M = {figures['num_regions']}"
     rows = []
     for name, times in figures["seconds"].items():
+        if not times:
+            continue
         busy, wall = (statistics.median(row[key] for row in times) for key in ("busy_s", "wall_s"))
         to_clip, to_open = (figures["ratios"].get(f"{name} / {base}") for base in ("CLIP", "open_clip"))
         spread = f"{to_clip['least']:.3f} to {to_clip['largest']:.3f}" if to_clip else ""
         ratio = [f"{found['median']:.3f}" if found else "" for found in (to_clip, to_open)]
         rows.append([name, f"{busy:.2f}", f"{wall:.2f}", ratio[0], spread, ratio[1]])
-    print_table(["step", "median s", "wall s", "/ CLIP", "least to largest", "/ open_clip"], rows)
-    counts = figures["gflop_per_image"].items()
-    print_table(
-        ["GFLOP per image", *(cell for size, _ in counts for cell in (f"batch {size}", "/ CLIP"))],
-        [
-            [name, *(cell for _, c in counts for cell in (f"{c[name]:.1f}", f"{c[name] / c['CLIP']:.3f}"))]
-            for name in next(iter(figures["gflop_per_image"].values()))
-        ],
-    )
-    tokens = figures["tokens"]
-    print_table(
-        ["texts of the batch, tokens", *tokens],
-        [[name, *(str(by_name[name]) for by_name in tokens.values())] for name in next(iter(tokens.values()))],
-    )
+    counts, tokens = figures["gflop_per_image"], figures["tokens"]
     medians = {n: statistics.median(t["busy_s"] for t in times) for n, times in figures["part_seconds"].items()}
-    clip = figures["parts"]["clip_s"]
-    rows = [[name, f"{seconds:.3f}", f"{100 * seconds / clip:.1f} %"] for name, seconds in medians.items()]
-    print_table(["part", "median s", "of the CLIP step"], rows)
-    print(f"\nCLOC / CLIP by parts: {figures['parts']['ratio']:.3f}")
-    found = figures["profile"]
-    print(f"{found['gflop']:.0f} GFLOP at {100 * found['share_of_peak']:.0f} % of the matmul peak", end=" ")
-    print(f"({found['matmul_peak_gflops']:.1f} GFLOP/s)")
-    print_table(
-        ["operators of a CLOC step", "share"], [[n, f"{100 * x:.1f} %"] for n, x in found["operator_shares"].items()]
+    clip, found = figures["parts"]["clip_s"], figures["profile"]
+    return "\n".join(
+        [
+            f"{figures['hardware']}, {kinds}\n",
+            table(["step", "median s", "wall s", "/ CLIP", "least to largest", "/ open_clip"], rows),
+            table(
+                ["GFLOP per image", *(cell for size in counts for cell in (f"batch {size}", "/ CLIP"))],
+                [
+                    [
+                        name,
+                        *(cell for c in counts.values() for cell in (f"{c[name]:.1f}", f"{c[name] / c['CLIP']:.3f}")),
+                    ]
+                    for name in next(iter(counts.values()))
+                ],
+            ),
+            table(
+                ["texts of the batch, tokens", *tokens],
+                [[name, *(by_name[name] for by_name in tokens.values())] for name in next(iter(tokens.values()))],
+            ),
+            table(
+                ["part", "median s", "of the CLIP step"],
+                [[name, f"{seconds:.3f}", f"{100 * seconds / clip:.1f} %"] for name, seconds in medians.items()],
+            ),
+            f"CLOC / CLIP by parts: {figures['parts']['ratio']:.3f}",
+            f"{found['gflop']:.0f} GFLOP at {100 * found['share_of_peak']:.0f} % of the matmul peak "
+            f"({found['matmul_peak_gflops']:.1f} GFLOP/s)\n",
+            table(
+                ["operators of a CLOC step", "share"],
+                [[name, f"{100 * share:.1f} %"] for name, share in found["operator_shares"].items()],
+            ),
+        ]
     )
-
-
-def print_table(head: list[str], rows: list[list[str]]) -> None:
-    """A Markdown table."""
-    print("\n| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
 
 
 if __name__ == "__main__":

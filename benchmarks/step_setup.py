@@ -1,12 +1,9 @@
-"""What `step.py` measures: one batch of real texts and photos, the models, and the loss of each variant of a step.
-
-Owns the definition of the variants and of the parts of a CLOC step; how they are timed is `step.py`'s.
-"""
+"""What `step.py` measures: a batch of real photos and texts, the models, the variants and parts of a step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,16 +18,15 @@ from opencloc.boxes import Letterbox
 from opencloc.config import LossConfig, ModelConfig, OptimConfig
 from opencloc.data.sources.spec import open_source
 from opencloc.loss import cloc_loss
-from opencloc.model.cloc import ClocConfig, ClocModel, ClocOutput, ImageFeatures
+from opencloc.model import towers
+from opencloc.model.cloc import ClocConfig, ClocModel, ClocOutput
 from opencloc.model.packing import PackedTexts, join
 from opencloc.model.processor import ClocProcessor, train_tokenizer
-from opencloc.model.prompter import EncoderPrompter, PrompterOutput, masked_mean
-from opencloc.model.prompts import PromptBatch
 from opencloc.train.build import tower_config
 from opencloc.train.optim import make_optimizer
 from opencloc.vesl.phrases import extract_phrases
 
-VOCAB_SIZE = 49_408  # CLIP's; the tokenizer trained on the captions has fewer entries, the table does not
+TEXT_LENGTH = 77  # CLIP's
 Step = Callable[[], None]
 Loss = tuple[Callable[[], Tensor], nn.Module]  # (computes the loss of a batch, what is trained by it)
 
@@ -52,14 +48,20 @@ class Inputs:
 # -- inputs --------------------------------------------------------------------------------------------------------
 
 
-def make_inputs(data: Path, batch_size: int, num_regions: int, device: torch.device) -> tuple[Inputs, CLIPConfig]:
-    """The batch, and the configuration of ViT-B/16 towers for its tokenizer."""
+def make_inputs(
+    data: Path, model: ModelConfig, batch_size: int, num_regions: int, device: torch.device
+) -> tuple[Inputs, CLIPConfig]:
+    """The batch, and the configuration of the towers for its tokenizer.
+
+    The tokenizer is trained on the captions and has fewer entries than the embedding table, which keeps its size.
+    """
+    model = replace(model, text_length=TEXT_LENGTH)
     source = open_source(f"coco:{data}/coco740?split=train")
     samples = [source[i] for i in range(source.size or 0)]
     captions = [" ".join(caption.strip() for caption in sample.captions[:4]) for sample in samples]
-    tokenizer = train_tokenizer(captions, VOCAB_SIZE, 77)
-    config = tower_config(ModelConfig(), tokenizer)
-    config.text_config.vocab_size = VOCAB_SIZE
+    tokenizer = train_tokenizer(captions, model.vocab_size, TEXT_LENGTH)
+    config = tower_config(model, tokenizer)
+    config.text_config.vocab_size = model.vocab_size
     processor = ClocProcessor.for_towers(config, tokenizer)
     rng = np.random.default_rng(0)
     images, boxes, texts, chosen_captions = [], [], [], []
@@ -84,7 +86,7 @@ def make_inputs(data: Path, batch_size: int, num_regions: int, device: torch.dev
         longest = processor.tokenize(strings)
         packed = processor.pack(strings)
         assert isinstance(packed, PackedTexts)
-        full = F.pad(longest, (0, 77 - longest.shape[1]), value=packed.pad_id)
+        full = F.pad(longest, (0, TEXT_LENGTH - longest.shape[1]), value=packed.pad_id)
         tokens |= {
             f"{name}, 77 each": full.numel(),
             f"{name}, as long as the longest": longest.numel(),
@@ -116,26 +118,7 @@ def make_models(config: CLIPConfig, device: torch.device) -> tuple[dict[str, Clo
             prompter: ClocModel(ClocConfig(clip_config=config, prompter=prompter), towers_model=clip)
             for prompter in ("cross", "encoder", "roi")
         }
-        models["encoder, literal"] = ClocModel(ClocConfig(clip_config=config, prompter="encoder"), towers_model=clip)
-        models["encoder, literal"].prompter = LiteralEncoder(768, 512, (14, 14), shared_positions=True)
-    together = nn.ModuleDict({name.replace(", ", "_"): model for name, model in models.items()}).train()
-    return models, make_optimizer(together, OptimConfig(lr=1e-6))
-
-
-class LiteralEncoder(EncoderPrompter):
-    """The published Prompter as it reads: a whole encoder layer over prompt and image tokens for every prompt."""
-
-    def forward(self, tokens: Tensor, prompts: PromptBatch) -> PrompterOutput:
-        batch, count = prompts.tokens.shape[:2]
-        memory = self.memory(tokens)
-        image = memory[:, None].expand(-1, count, -1, -1)
-        x = torch.cat([prompts.tokens.to(memory.dtype), image], dim=2).flatten(0, 1)
-        valid = torch.cat([prompts.valid, prompts.valid.new_ones(batch, count, image.shape[2])], 2).flatten(0, 1)
-        q, k, v = self.attention_in(self.norm_attention(x))[:, None].chunk(3, dim=-1)
-        x = x + self.attention_out(F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None])[:, 0])
-        x = x + self.mlp(self.norm_mlp(x))
-        pooled = masked_mean(x, valid).unflatten(0, (batch, count))
-        return PrompterOutput(embedding=self.projection(self.norm_out(pooled)), memory=memory)
+    return models, make_optimizer(nn.ModuleDict(models).train(), OptimConfig(lr=1e-6))
 
 
 def make_variants(models: dict[str, ClocModel], inputs: Inputs) -> tuple[dict[str, Loss], list[str]]:
@@ -164,8 +147,8 @@ def make_variants(models: dict[str, ClocModel], inputs: Inputs) -> tuple[dict[st
         return forward, model
 
     def plain() -> Tensor:
-        towers: Any = models["cross"].clip
-        return towers(pixel_values=inputs.pixel_values, input_ids=inputs.captions["77"], return_loss=True).loss
+        clip_model: Any = models["cross"].clip
+        return clip_model(pixel_values=inputs.pixel_values, input_ids=inputs.captions["77"], return_loss=True).loss
 
     variants = {
         "CLIP": clip("packed"),
@@ -174,12 +157,11 @@ def make_variants(models: dict[str, ClocModel], inputs: Inputs) -> tuple[dict[st
         "CLIP, captions as long as the longest": clip("longest"),
         "CLOC encoder": cloc("encoder"),
         "CLOC roi": cloc("roi"),
-        "CLOC encoder, literal": cloc("encoder, literal"),
         "CLOC cross, captions of 77 tokens": cloc("cross", captions="77"),
         "CLOC cross, texts as long as the longest": cloc("cross", texts="longest"),
         "CLOC cross, texts of 77 tokens": cloc("cross", texts="77"),
         "CLOC cross, duplicates encoded too": cloc("cross", distinct=False),
-        "CLOC as published: literal encoder, all texts of 77 tokens": cloc("encoder, literal", "77", "77", False),
+        "CLOC as published: encoder, all texts of 77 tokens": cloc("encoder", "77", "77", False),
         "transformers CLIPModel": (plain, models["cross"].clip),
     }
     return variants, ["CLIP", "CLOC cross", "CLIP, captions of 77 tokens"]
@@ -216,8 +198,12 @@ def make_parts(model: ClocModel, optimizer: torch.optim.Optimizer, inputs: Input
         return output.embedding.sum() + output.tokens.sum()
 
     def regions() -> ClocOutput:
-        given = ImageFeatures(embedding=features.embedding, tokens=leaf(features.tokens), grid=features.grid)
-        with patch.multiple(model, encode_image=lambda _: given, encode_text=lambda _: leaf(embeddings)):
+        """The model's output from tokens and text embeddings that are already there: neither tower runs."""
+        given = features.embedding, leaf(features.tokens)
+        with (
+            patch.object(towers, "vision_forward", lambda *_: given),
+            patch.object(model, "encode_text", lambda _: leaf(embeddings)),
+        ):
             return model(
                 inputs.pixel_values, inputs.captions["packed"], inputs.boxes, inputs.texts["packed"], inputs.text_index
             )

@@ -1,13 +1,13 @@
 """The study: what each part of CLOC contributes, on generated scenes, at equal data, steps and seeds.
 
-    python benchmarks/study.py --out runs/study                      # everything, two runs at a time; again to go on
-    python benchmarks/study.py --out runs/study --only cross roi --seeds 0
+    python -m benchmarks.study --out runs/study                      # everything, two runs at a time; again to go on
+    python -m benchmarks.study --out runs/study --only cross roi --seeds 0
 
-Owns which runs there are and how one is scored; `study_report.py` makes tables and pictures of them.  A run is a
-variant with a seed: it trains (resuming where it was stopped), scores the checkpoints on the way and the final model,
-and leaves `OUT/VARIANT-SEED/result.json`, which is written last.  Runs with a result are skipped.
+A run is a variant with a seed.  It trains (resuming where it was stopped), scores the checkpoints on the way and the
+final model, and leaves `OUT/VARIANT-SEED/result.json`, which is written last.  Runs with a result are skipped.
+`study_report.py` makes tables and pictures of the results.
 
-Every run has one thread, and its cost is its CPU time, loader included: that doesn't grow when other programs compete
+Every run has one thread.  Its cost is its CPU time, loader included, which does not grow when other programs compete
 for the cores.
 """
 
@@ -26,6 +26,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from opencloc import files
 
 NUM_THINGS, IMAGE_PX = 30, 64
 WORLD = f"num_things={NUM_THINGS}&attributes=colour&image_px={IMAGE_PX}"  # each thing in 9 colours
@@ -148,7 +150,7 @@ def run(variant: Variant, seed: int, out: Path, steps: int) -> None:
         "curve": curve,
         "final": final,
     }
-    write(folder / "result.json", result)
+    files.write_json(folder / "result.json", result)
     shutil.rmtree(folder / "checkpoints")
 
 
@@ -188,16 +190,18 @@ def replaced(config: Any, path: list[str], value: Any) -> Any:
 def score(encoder: Any, name: str, num_images: int) -> dict[str, float]:
     """Headline scores on one of `SETS`; the class names are all that its scenes can show, and those of training."""
     from opencloc.data.scenes.scenes import SceneConfig
-    from opencloc.data.sources.spec import open_source, take
-    from opencloc.eval.tasks import evaluate, flat_metrics
+    from opencloc.data.sources.spec import open_source
+    from opencloc.eval.report import flat_metrics
+    from opencloc.eval.run import evaluate
+    from opencloc.eval.sets.source import source_set
 
     source: Any = open_source(f"scenes:rich?{WORLD}&seed=1&{SETS[name]}")
-    samples, _ = take(source, num_images)
     seen = dataclasses.replace(source.config, split="train")
     assert isinstance(seen, SceneConfig)
     names = sorted({*source.config.class_names(), *seen.class_names()})
-    tasks = ("region_recognition", "image_retrieval", "grounding")
-    return flat_metrics(evaluate(encoder, samples, tasks=tasks, class_names=names, progress=False))
+    data = source_set(source, name, class_names=names)
+    tasks = ("region-recognition", "image-retrieval", "grounding")
+    return flat_metrics(evaluate(encoder, data, tasks, num_images=num_images))[encoder.name]
 
 
 def read_result(out: Path, name: str, seed: int) -> dict[str, Any]:
@@ -215,21 +219,14 @@ def spent(folder: Path, seconds: float) -> float:
     """CPU seconds of the training in all: a run that was interrupted adds to what it had spent before."""
     path = folder / "cpu_seconds.json"
     total = seconds + (json.loads(path.read_text()) if path.exists() else 0.0)
-    write(path, total)
+    files.write_json(path, total)
     return total
-
-
-def write(path: Path, content: Any) -> None:
-    """JSON that appears whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
 
 
 # -- labels made by VESL -----------------------------------------------------------------------------------------------
 
 
-def make_labels(out: Path) -> None:
+def make_labels(out: Path, workers: int = 2) -> None:
     """Scenes as shards, labelled by VESL from their captions and by n-grams from their alt-texts, if not there yet."""
     from opencloc.cli import main as opencloc
 
@@ -244,9 +241,9 @@ def make_labels(out: Path) -> None:
         "nouns": ["--captions.existing-text", "caption"],
         "n-grams": ["--captions.existing-text", "alt-text", "--phrases", "n-grams"],
     }.items():
-        detector = f"benchmarks.scene_detector:factory?shards={out / 'labelled'}"
-        arguments = ["label", "--data", str(out / "labelled"), "--output", str(out / "labels" / name), *options]
-        check(opencloc([*arguments, "--detector", detector, "--resolution", str(IMAGE_PX), "--workers", "2"]))
+        detector = f"{Path(__file__).with_name('scene_detector.py')}:factory?shards={out / 'labelled'}"
+        arguments = ["label", "--data", str(out / "labelled"), "--out", str(out / "labels" / name), *options]
+        check(opencloc([*arguments, "--detector", detector, "--resolution", str(IMAGE_PX), "--workers", str(workers)]))
 
 
 def check(status: int) -> None:
@@ -278,7 +275,7 @@ def run_all(chosen: list[Variant], seeds: list[int], out: Path, steps: int, at_o
         while waiting and len(running) < at_once and (n := ready(waiting, out)) is not None:
             variant, seed = waiting.pop(n)
             name = f"{variant.name}-{seed}"
-            command = [sys.executable, __file__, "--out", str(out), "--steps", str(steps)]
+            command = [sys.executable, "-m", "benchmarks.study", "--out", str(out), "--steps", str(steps)]
             command += ["--run", variant.name, str(seed)]
             with (out / f"{name}.log").open("ab") as log:
                 running[subprocess.Popen(command, env=environment, stdout=log, stderr=log)] = name

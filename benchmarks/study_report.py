@@ -1,6 +1,6 @@
 """Tables and pictures of the study's runs.
 
-    python benchmarks/study_report.py --runs runs/study --out results/study
+    python -m benchmarks.study_report --runs runs/study --out results/study
 
 Reads every OUT/VARIANT-SEED/result.json that is there, so it may be called while the study runs.  Writes table.md (laid
 out like the paper's Table 2), summary.json, curves.png and, from the model of `cross`, examples.png.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for benchmarks/
 from benchmarks.study import NOISE, SETS, WORLD, Variant, variants
 
 COLUMNS = (  # heading, set, score
@@ -197,21 +195,23 @@ def draw_curves(lines: Sequence[Line], path: Path) -> None:
 
 def draw_examples(model: Path, path: Path) -> None:
     """Unseen scenes with the name that `cross` gives each box, and the box it finds for each text."""
-    from opencloc.data.sources.spec import open_source, take
+    from opencloc.data.sources.spec import open_source
     from opencloc.eval.encoders import load_encoder
+    from opencloc.eval.sets.item import Unread, load
+    from opencloc.eval.sets.source import source_set
     from opencloc.eval.tasks import predict
 
     source: Any = open_source(f"scenes:rich?{WORLD}&seed=1&{SETS['seen']}")
-    samples, _ = take(source, PICTURES)
-    predictions = predict(load_encoder(model, "prompter"), samples, source.config.class_names())
+    (loaded,) = load(source_set(source, "seen"), PICTURES, PICTURES, Unread(allowed=0))
+    predictions = predict(load_encoder(model, "prompter"), loaded, source.config.class_names())
     figure = Figure(figsize=(3.2 * PICTURES, 6.6), layout="constrained")
     for column, prediction in enumerate(predictions):
         named, grounded = (figure.add_subplot(2, PICTURES, row * PICTURES + column + 1) for row in (0, 1))
-        side = prediction.sample.image.width
+        side = prediction.loaded.image.width
         for axes in (named, grounded):
-            axes.imshow(prediction.sample.image)
+            axes.imshow(prediction.loaded.image)
             axes.set_axis_off()
-        for box, name, right in zip(prediction.sample.boxes, prediction.names, prediction.correct, strict=True):
+        for box, name, right in zip(prediction.loaded.item.boxes, prediction.names, prediction.correct, strict=True):
             _draw(named, box * side, name, "#1e8449" if right else "#c0392b")
         for found in prediction.grounded:
             _draw(grounded, found.box * side, found.text, "#1e8449" if found.iou >= 0.5 else "#c0392b")

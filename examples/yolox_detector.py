@@ -1,21 +1,23 @@
-"""A detector of your own for `opencloc label`: YOLOX through ONNX Runtime, its closed class list matched to phrases.
+"""A detector of your own for `opencloc label`: YOLOX through ONNX Runtime, its 80 classes matched to phrases.
 
-    opencloc label --detector "examples.yolox_detector:factory?model=yolox_nano.onnx" ...
+    opencloc label --detector "yolox_detector.py:make_detector?model=yolox_nano.onnx" ...
 
-Any YOLOX on COCO's classes, as exported by its own `export_onnx.py` (raw output, before grid decoding), works.  Needs
-`pip install onnxruntime`.
+Copy this file wherever you like.  It needs `pip install onnxruntime` and a model, such as `yolox_nano.onnx` from the
+releases of https://github.com/Megvii-BaseDetection/YOLOX (Apache-2.0; tried with a file of 3,678,356 bytes, SHA-256
+e8af074932d4ed7e232278e3055cefcdea3edf178874a3694ae292649fb464dd).  Any YOLOX on COCO's classes works, as exported by
+YOLOX's own `export_onnx.py` (raw output, before grid decoding).
 
-An open-vocabulary detector is asked for each image's phrases; a closed one always finds the same 80 classes.  What
-makes it a label engine's detector is the matching in `phrases_of_classes`: a box of class `person` becomes "a man's"
-box only where the caption names a man.  Its rules err on the side of no label:
+An open-vocabulary detector is asked for each image's phrases; a closed one always finds the same 80 classes.  A box of
+class `person` becomes "man" only where the caption names a man.  The rules err on the side of no label:
 
 * A phrase stands for a class if its last words are the class name or a synonym, in the singular or plural: "red tennis
   rackets" is a tennis racket, "train station" is no train, "hot dog" is no dog.  Ambiguous words ("board", "glass",
   "computer") stand for nothing.
 * A box counts only for its own best class: a dog is never labelled "cat" for want of dogs in the caption.
-* Several phrases for one class ("man", "woman") can't be told apart by a detector that knows only persons.  Boxes take
-  the class name itself where it is a phrase, else the first phrase in the singular (a box shows one object), else the
-  first.
+* Several phrases for one class ("man", "woman") cannot be told apart by a detector that knows only persons.  Boxes take
+  the class name itself where it is a phrase, else the first phrase in the singular, else the first.
+* A box shows one object, so its text is in the singular: "several young women" gives boxes of "young woman", "people"
+  of "person".
 """
 
 from __future__ import annotations
@@ -105,17 +107,18 @@ CLASS_OF_NAME = {
 }
 STRIDES = (8, 16, 32)  # pixels per cell of the three output grids
 PAD = 114
+QUANTIFIERS = "several many few multiple various numerous different other more most two three four all both some"
 
 
-def factory(model: str | None = None, score: str = "0.1", threads: str = "1") -> YoloxDetector:
-    """The detector that `--detector examples.yolox_detector:factory` names.
+def make_detector(model: str | None = None, score: str = "0.1", threads: str = "1") -> YoloxDetector:
+    """The detector that `--detector yolox_detector.py:make_detector` names.
 
     `model` is the ONNX file, by default the one in the environment variable OPENCLOC_YOLOX; `score` leaves out weaker
-    boxes; `threads` are ONNX Runtime's per worker.  Raises ValueError if no file is named or it isn't there.
+    boxes; `threads` are ONNX Runtime's per worker.  Raises ValueError if no file is named or it is not there.
     """
     path = model or os.environ.get("OPENCLOC_YOLOX")
     if not path:
-        raise ValueError("no YOLOX model: write ...:factory?model=FILE.onnx or set OPENCLOC_YOLOX")
+        raise ValueError("no YOLOX model: write ...:make_detector?model=FILE.onnx or set OPENCLOC_YOLOX")
     if not os.path.isfile(path):
         raise ValueError(f"no YOLOX model at {path}")
     return YoloxDetector(path, float(score), int(threads))
@@ -147,7 +150,8 @@ class YoloxDetector:
         phrase, score = phrase_of_class[best], scores.max(axis=1)
         keep = (phrase >= 0) & (score > self._score)
         boxes = boxes_px[keep] / (np.tile(image.size, 2) * scale)
-        return Detections(boxes=boxes, scores=score[keep], phrase=phrase[keep])
+        texts = np.array([of_one(text) for text in phrases], dtype=object)[phrase[keep]]
+        return Detections(boxes=boxes, scores=score[keep], phrase=phrase[keep], texts=texts)
 
 
 def letterbox(image: Image.Image, side_px: int) -> tuple[np.ndarray, float]:
@@ -187,6 +191,15 @@ def phrases_of_classes(phrases: Sequence[str]) -> dict[int, int]:
             rank = 0 if phrase == COCO_CLASSES[found] else 1 if ending == name else 2
             chosen[found] = min(chosen.get(found, (3, 0)), (rank, number))
     return {found: number for found, (_, number) in chosen.items()}
+
+
+def of_one(phrase: str) -> str:
+    """What one object of a phrase is called: "several young women" -> "young woman"; other phrases as they are."""
+    name, ending = _name_and_ending(phrase)
+    if name is None or name == ending:
+        return phrase
+    words = phrase[: len(phrase) - len(ending)].split()
+    return " ".join([*(word for word in words if word not in QUANTIFIERS.split()), name])
 
 
 def class_of_phrase(phrase: str) -> int | None:

@@ -7,8 +7,8 @@ cd "$(dirname "$0")/.."
 source recipes/facts.sh
 out=${OUT:-runs/study}
 results=${RESULTS:-results/study}
-.venv/bin/python benchmarks/study.py --out "$out" "$@"
-.venv/bin/python benchmarks/study_report.py --runs "$out" --out "$results"
+.venv/bin/python -m benchmarks.study --out "$out" "$@"
+.venv/bin/python -m benchmarks.study_report --runs "$out" --out "$results"
 for labels in "$out"/labels/*/; do
     [ -d "$labels" ] || continue # none were asked for
     .venv/bin/opencloc data stats --data "shards:$out/labelled?sidecar=${labels}vesl" --out "$results/labels-$(basename "$labels")"

@@ -16,8 +16,8 @@ opencloc=.venv/bin/opencloc
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 label() { # FOLDER SPLIT [option ...]
-    $opencloc label --data "coco:$data/coco740?split=$2" --output "$out/$1" --shard-size 140 --workers 2 \
-        --detector "examples.yolox_detector:factory?model=$yolox" "${@:3}"
+    $opencloc label --data "coco:$data/coco740?split=$2" --out "$out/$1" --shard-size 140 --workers 2 \
+        --detector "examples/yolox_detector.py:make_detector?model=$yolox" "${@:3}"
 }
 for split in train test; do
     label one-caption $split --captions.existing-text caption "$@"
@@ -29,10 +29,10 @@ labelled="coco:$data/coco740?split=train"
 mkdir -p "$results"
 for name in nouns n-grams; do
     $opencloc data stats --data "$labelled" --sidecar "$out/$name/vesl" --out "$results/stats-$name"
-    $opencloc data view --data "$labelled" --sidecar "$out/$name/vesl" --out "$out/$name.html" --limit 60
+    $opencloc data view --data "$labelled" --sidecar "$out/$name/vesl" --out "$out/$name.html" --num-images 60
     cp "$out/$name/vesl_manifest.json" "$results/manifest-$name.json"
 done
-.venv/bin/python benchmarks/label_quality.py --data "$labelled" --out "$results" \
+.venv/bin/python -m benchmarks.label_quality --data "$labelled" --out "$results" \
     --labels one-caption="$out/one-caption/vesl" nouns="$out/nouns/vesl" n-grams="$out/n-grams/vesl"
 facts recipes/vesl.sh "$@" >"$results/run.txt"
 echo "wrote $results; look at $out/nouns.html"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from opencloc.boxes import Letterbox, box_problem, giou, iou, pairwise_iou, xywh_px_to_xyxy
+from opencloc.boxes import Letterbox, box_problem, clipped_px, giou, iou, pairwise_iou, xywh_px_to_xyxy
 from opencloc.images import letterbox_array
 
 side = st.integers(1, 4000)
@@ -86,6 +86,19 @@ def test_iou_known_values() -> None:
 def test_box_problem_names_what_is_wrong(box: list[float], problem: str | None) -> None:
     found = box_problem(np.array(box, dtype=np.float32))
     assert (found is None) if problem is None else (found is not None and problem in found)
+
+
+@given(over=st.floats(0, 1))
+def test_pixel_boxes_are_clipped_by_a_pixel_or_a_percent_and_no_more(over: float) -> None:
+    width, height, box_px = 300, 20, np.array([2.0, 2.0, 9.0, 9.0])
+    np.testing.assert_array_equal(clipped_px(box_px[None], width, height)[0], box_px)
+    outside = np.array([-3 * over, -over, width + 3 * over, height + over])
+    np.testing.assert_array_equal(clipped_px(outside[None], width, height)[0], [0, 0, width, height])
+    for edge in range(4):
+        far = np.array([0.0, 0.0, width, height])
+        far[edge] += (-1 if edge < 2 else 1) * (3.1 if edge % 2 == 0 else 1.1)
+        with pytest.raises(ValueError, match=r"box 1 is .* reaches outside"):
+            clipped_px(np.stack([box_px, far]), width, height)
 
 
 def test_coco_boxes_become_normalised_corners() -> None:

@@ -10,7 +10,6 @@ from transformers import CLIPModel
 
 from opencloc.cli import VERBS, main
 from opencloc.config import to_json
-from opencloc.eval.run import parse_model
 from opencloc.presets import tiny
 
 TINY = ["--model.image-size", "32", "--model.vision-width", "32", "--model.vision-layers", "1", "--batch-size", "8"]
@@ -40,7 +39,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
         (["data", "fly"], 2, "no verb 'data fly'"),
         (["train", "huge"], 1, "'huge' is neither a preset (tiny, small"),
         (["train", "tiny", "--data.train", "scenes:rich?num_thing=3"], 1, "num_thing"),
-        (["eval", "--data", "scenes:easy", "--model", "nowhere"], 1, "nowhere is no checkpoint folder"),
+        (["eval", "--data", "scenes:easy", "--model", "nowhere"], 1, "nowhere: no such folder"),
         (["export", "--model", "nowhere", "--out", "x"], 1, "nowhere is no checkpoint folder"),
     ],
 )
@@ -56,13 +55,6 @@ def test_value_out_of_range_is_named(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main(["train", "tiny", "--loss.region_weight", "-1"])
     assert "loss.region_weight must be >= 0" in " ".join(capsys.readouterr().err.split())
-
-
-def test_models_are_named_folders_with_a_way() -> None:
-    assert parse_model("runs/a") == (None, "runs/a", "prompter")
-    assert parse_model("clip_roi=runs/a@roi") == ("clip_roi", "runs/a", "roi")
-    with pytest.raises(ValueError, match="not by 'magic'"):
-        parse_model("runs/a@magic")
 
 
 def test_train_eval_and_export_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

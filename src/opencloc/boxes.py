@@ -1,4 +1,4 @@
-"""Box algebra and the letterbox.  Owns every coordinate frame of the project.
+"""Box algebra, the letterbox, and the coordinate frames of the project.
 
 A box is XYXY float32, normalised to [0, 1] of the image it belongs to.  Pixel boxes live only at the borders of
 the program and are named `*_px`.  Three frames exist:
@@ -37,11 +37,38 @@ def box_problem(box: np.ndarray, tolerance: float = 1e-4) -> str | None:
     return None
 
 
-def xywh_px_to_xyxy(box_px: np.ndarray, width_px: int, height_px: int) -> np.ndarray:
-    """COCO's (x, y, width, height) in pixels, shape (..., 4), as normalised XYXY float32, clipped to the image."""
+def xywh_px_to_xyxy(box_px: np.ndarray, width_px: int | np.ndarray, height_px: int | np.ndarray) -> np.ndarray:
+    """COCO's (x, y, width, height) in pixels, shape (..., 4), as normalised XYXY float32, clipped to the image.
+
+    Width and height are those of one image, or of each box's own, of shape (...).
+    """
     x, y, w, h = np.moveaxis(np.asarray(box_px, dtype=np.float64), -1, 0)
     box = np.stack([x / width_px, y / height_px, (x + w) / width_px, (y + h) / height_px], axis=-1)
     return np.clip(box, 0.0, 1.0).astype(np.float32)
+
+
+def clipped_px(boxes_px: np.ndarray, width_px: int, height_px: int) -> np.ndarray:
+    """XYXY boxes (P, 4) in pixels, clipped to the image.
+
+    Only what lies at most 1 pixel or 1 % of the side (the larger) over an edge is clipped, as detectors leave it.
+    Raises ValueError naming the first box that reaches farther, is empty or not finite, or looks normalised: all of it
+    within the first pixel of a larger image.
+    """
+    size = np.array([width_px, height_px] * 2, dtype=np.float64)
+    tolerance = np.maximum(1.0, 0.01 * size)
+    clipped = np.clip(boxes_px, 0, size)
+    for i, (box, inside) in enumerate(zip(boxes_px, clipped, strict=True)):
+        which = f"box {i}" if len(boxes_px) > 1 else "the box"
+        where = f"{which} is {box.tolist()}, on an image of {width_px} x {height_px} pixels"
+        if not np.isfinite(box).all():
+            raise ValueError(f"{where}: it is not finite")
+        if (box < -tolerance).any() or (box > size + tolerance).any():
+            raise ValueError(f"{where}: it reaches outside")
+        if (inside[2:] <= inside[:2]).any():
+            raise ValueError(f"{where}: it is empty, boxes need x0 < x1 and y0 < y1")
+        if box.max() <= 1 and max(width_px, height_px) > 2:
+            raise ValueError(f"{where}: it looks normalised, boxes are in pixels here")
+    return clipped
 
 
 def area(boxes: Array) -> Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
             raise  # torch's own subclasses are bugs, not messages
-        print(f"opencloc {verb}: {error}", file=sys.stderr)
+        from opencloc.errors import redacted
+
+        print(f"opencloc {verb}: {redacted(str(error))}", file=sys.stderr)
         return 1
 
 
@@ -98,12 +100,11 @@ def _train(arguments: list[str]) -> int | None:
 
 def _eval(arguments: list[str]) -> None:
     """Score encoders side by side: opencloc eval [TASK ...] --data LOCATION --model FOLDER ..."""
-    from opencloc.eval.registry import BENCHMARKS
+    from opencloc.eval.registry import BENCHMARKS, SOURCE_TASKS
     from opencloc.eval.run import EvalConfig, run_eval
-    from opencloc.eval.tasks import TASKS
 
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"{_eval.__doc__}\n\nTasks on any source (default: all four): {', '.join(TASKS).replace('_', '-')}")
+    if not arguments or arguments[0] in HELP:
+        print(f"{_eval.__doc__}\n\nTasks on any source (default: all four): {', '.join(SOURCE_TASKS)}")
         print("Tasks on a public set, from its own files (docs/guides/evaluate.md):")
         for name, benchmark in BENCHMARKS.items():
             print(f"  {name:<20} {benchmark.help}")
@@ -116,10 +117,12 @@ def _eval(arguments: list[str]) -> None:
 def _label(arguments: list[str]) -> int:
     """Make region-text labels for images: caption, phrases, detection (VESL)"""
     from opencloc.vesl.config import LabelConfig
-    from opencloc.vesl.run import RunConfig, run_label
+    from opencloc.vesl.run import RunConfig, format_report, run_label
 
     parsed = _parse(_group("Label", label=LabelConfig, run=RunConfig), arguments, "label")
-    return run_label(parsed.label, parsed.run).exit_code
+    report = run_label(parsed.label, parsed.run)
+    print(format_report(report))
+    return report.exit_code
 
 
 def _data_stats(arguments: list[str]) -> None:
@@ -127,22 +130,41 @@ def _data_stats(arguments: list[str]) -> None:
     from opencloc.data.inspect.stats import StatsConfig, write_stats
 
     config = _parse(StatsConfig, arguments, "data stats")
-    write_stats(config)
-    print((Path(config.out) / "stats.md").read_text())
+    stats = write_stats(config)
+    print(config.out)
+    print(f"{stats.regions:,} regions on {stats.images_with_regions:,} of {stats.images:,} images{_but(stats.skipped)}")
+    if stats.noticed:
+        print(f"opencloc data stats: worth a look{_listed(stats.noticed)}; see {config.out}/stats.md", file=sys.stderr)
 
 
 def _data_view(arguments: list[str]) -> None:
     """An HTML contact sheet with boxes and texts drawn on the images"""
     from opencloc.data.inspect.view import ViewConfig, write_view
 
-    print(write_view(_parse(ViewConfig, arguments, "data view")))
+    config = _parse(ViewConfig, arguments, "data view")
+    sheet = write_view(config)
+    print(config.out)
+    print(f"{sheet.regions:,} regions on {sheet.images:,} images{_but(sheet.skipped)}")
 
 
 def _data_pack(arguments: list[str]) -> None:
     """Write images and their labels as self-contained shards"""
     from opencloc.data.inspect.pack import PackConfig, pack
 
-    print(pack(_parse(PackConfig, arguments, "data pack")))
+    config = _parse(PackConfig, arguments, "data pack")
+    report = pack(config)
+    print(config.out)
+    renamed = f", {report.renamed:,} of them renamed" if report.renamed else ""
+    print(f"{report.samples:,} images in {len(report.paths):,} tars{renamed}{_but(report.left_out)}")
+
+
+def _but(skipped: Mapping[str, int]) -> str:
+    """The end of a line that says what was done: what was skipped and why."""
+    return f"; skipped{_listed(skipped)}" if skipped else ""
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ": " + ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
 
 
 def _data_scenes(arguments: list[str]) -> None:
@@ -159,8 +181,10 @@ def _data_scenes(arguments: list[str]) -> None:
         images_per_shard: int = 1000
 
     parsed = _parse(_group("WriteScenes", out=Out, scenes=SceneConfig), arguments, "data scenes")
-    for path in write_scenes(parsed.scenes, parsed.out.num_images, parsed.out.out, parsed.out.images_per_shard):
-        print(path)
+    out = parsed.out
+    paths = write_scenes(parsed.scenes, out.num_images, out.out, out.images_per_shard)
+    print(out.out)
+    print(f"{out.num_images:,} images in {len(paths):,} tars")
 
 
 def _export(arguments: list[str]) -> None:

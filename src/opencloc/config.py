@@ -72,8 +72,8 @@ class ModelConfig(Strict):
     vocab_size: Annotated[int, Field(ge=300, lt=2**31), FROM_SCRATCH] = 49408
     """Most entries of a tokenizer trained on the data (256 bytes and more)."""
     prompter: Literal["cross", "encoder", "roi", "pool"] = "cross"
-    """Form of the Prompter; `encoder` is the published one, `roi` the RoIAlign baseline, `pool` the towers' own
-    pooling over the patches of a region."""
+    """Form of the Prompter; `encoder` is the published one, `roi` the RoIAlign baseline, `pool` the tower's own pooling
+    restricted to the region (no text prompts, no weights)."""
     prompter_heads: Count = 4
     """Attention heads of the cross Prompter."""
     prior_slope: Annotated[float, Field(ge=-10, le=10)] | None = 1.5

@@ -1,6 +1,13 @@
-"""The error of one unusable sample, which bulk jobs count and pass over."""
+"""The error of one unusable sample, which bulk jobs count and pass over; messages without passwords."""
 
 from __future__ import annotations
+
+import re
+
+_USER = re.compile(r"(?<=://)[^/@\s]*@")
+_SECRET = re.compile(
+    r"([?&][^=&?\s]*(?:key|token|secret|passw|signature|sig|credential)[^=&?\s]*=)[^&\s'\"]+", re.IGNORECASE
+)
 
 
 class BadSample(ValueError):
@@ -17,3 +24,8 @@ class BadSample(ValueError):
 
     def __reduce__(self):  # crosses process borders
         return type(self), (self.reason, self.where, self.detail)
+
+
+def redacted(text: str) -> str:
+    """The text with `***` in place of the passwords, keys, tokens and signatures that the URLs in it hold."""
+    return _SECRET.sub(r"\1***", _USER.sub("***@", text))

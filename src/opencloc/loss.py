@@ -117,6 +117,7 @@ def grounding_loss(
     pair, (5 * sum of absolute errors + 2 * (1 - GIoU)) / 7: at this scale of errors the squared form is a hundred
     times smaller than the contrastive losses and hardly moves the head.
     """
+    boxes = torch.where(valid[..., None], boxes, 0)  # before anything is computed: padding may hold NaN
     if form == "squared":
         error = (predicted - boxes).square().mean(-1)
     else:

@@ -28,7 +28,8 @@ LINE_EVERY_S = 30.0  # between lines in a file or pipe
 
 
 class Meter:
-    """A counter that is shown.  A context manager; `advance` counts, `total` may be None for unknown.
+    """A counter that is shown.  A context manager; `advance` counts, `total` may be None for unknown,
+    and may be set when it is known better.
 
     `start` were done before: the rate and the time left are of the rest.  `note` is shown behind the figures.
     """
@@ -61,7 +62,7 @@ class Meter:
     def advance(self, count: int = 1) -> None:
         """Counts, and shows it."""
         self.done += count
-        self._bar.update(self._task, completed=self.done, note=self.note)
+        self._bar.update(self._task, completed=self.done, total=self.total, note=self.note)
         now = time.monotonic()
         if self._lines and now - self._said >= self._wait_s:
             self._said, self._wait_s = now, LINE_EVERY_S

@@ -225,14 +225,15 @@ def grit_row(key: str) -> dict[str, Any]:
     }
 
 
-def write_grit(root: Path, *, parquet: bool) -> None:
-    """00000.tar of img2dataset with two images; annotations in 00000.parquet or in the tar's JSON."""
+def write_grit(root: Path, *, parquet: bool, spans: Sequence[Any] | None = None) -> None:
+    """00000.tar of img2dataset with two images; annotations in 00000.parquet or the tar's JSON (with other spans)."""
     root.mkdir(parents=True, exist_ok=True)
     with tarfile.open(root / "00000.tar", "w") as archive:
         for number, colour in enumerate(("red", "green")):
             key, buffer = f"{number:09}", io.BytesIO()
             Image.new("RGB", (WIDTH, HEIGHT), COLOURS[colour]).save(buffer, "JPEG")
             row = grit_row(key) | {"width": WIDTH, "height": HEIGHT, "status": "success"}
+            row |= {} if spans is None else {"noun_chunks": spans}
             parts = {"jpg": buffer.getvalue(), "json": json.dumps(row).encode(), "txt": row["caption"].encode()}
             for extension, data in parts.items():
                 member = tarfile.TarInfo(f"{key}.{extension}")

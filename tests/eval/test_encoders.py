@@ -12,11 +12,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, CLIPImageProcessor
 
-from opencloc.eval.encoders import ClocEncoder, CropEncoder, Encoder, RoiEncoder, centre_square, load_encoder
+from opencloc.eval.encoders import (
+    ClocEncoder,
+    CropEncoder,
+    Encoder,
+    RoiEncoder,
+    centre_square,
+    load_encoder,
+    natural_way,
+)
 from opencloc.images import crop
 from opencloc.model.cloc import ClocConfig, ClocModel, ImageFeatures
 from opencloc.model.processor import ClocProcessor
@@ -254,7 +263,7 @@ def test_a_plain_checkpoint_has_no_prompter(checkpoint: Callable[..., Path]) -> 
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"nowhere is no checkpoint folder: there is no config.json"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder"):
         load_encoder(tmp_path / "nowhere", "crop")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match=r"towers must be one of clip, siglip, siglip2; got a 'bert' config"):
@@ -264,3 +273,33 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         load_encoder(tmp_path, "box")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"view='centre' hides .* regions must be 'crop', not 'roi'"):
         load_encoder(tmp_path, "roi", view="centre")
+
+
+def test_a_prompter_that_was_never_trained_is_not_scored(cloc: tuple[ClocModel, ClocProcessor], tmp_path: Path) -> None:
+    model, processor = cloc
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert natural_way(tmp_path) == "prompter"
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"regions_trained": False}))
+    assert natural_way(tmp_path) == "crop"
+    assert load_encoder(tmp_path, "roi").name.endswith("roi")
+    with pytest.raises(ValueError, match=r"its Prompter was never trained \(region weight 0\): choose regions='crop'"):
+        load_encoder(tmp_path, "prompter")
+
+
+@pytest.mark.parametrize(
+    ("remove", "message"),
+    [("prompter", r"missing weights: prompter\."), ("clip.visual_projection", r"missing weights: clip\.visual")],
+)
+def test_weights_that_are_missing_are_never_drawn_at_random(
+    remove: str, message: str, cloc: tuple[ClocModel, ClocProcessor], tmp_path: Path
+) -> None:
+    model, processor = cloc
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if not name.startswith(remove)}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        load_encoder(tmp_path, "crop")

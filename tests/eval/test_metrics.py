@@ -1,10 +1,10 @@
-"""Metrics against properties, slow loops written from the definitions, and cases worked out by hand."""
+"""Ranks, overlaps and intervals against properties, slow loops written from the definitions, and cases by hand."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import astuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from opencloc.eval import metrics
+from opencloc.eval.metrics import Scorer, by_size, draw_images, interval, wilson
 
 seeds = st.integers(0, 2**31 - 1)
 
@@ -33,76 +34,28 @@ def every_text_and_item_paired(num_items: int, num_texts: int, extra: int, seed:
     return torch.cat([both, more])
 
 
-# -- properties --------------------------------------------------------------------------------------------------------
-
-
-@given(seed=seeds, classes=st.integers(1, 12), regions=st.integers(1, 30))
-@settings(max_examples=30, deadline=None)
-def test_recognition_does_not_depend_on_the_order_of_regions_or_classes(seed: int, classes: int, regions: int) -> None:
-    names, boxes = unit(classes, 6, seed=seed), unit(regions, 6, seed=seed + 1)
-    labels, areas = integers(classes, regions, seed), torch.rand(regions, generator=torch.Generator().manual_seed(seed))
-    expected = metrics.region_recognition(boxes, names, labels, areas)
-    order = torch.randperm(regions, generator=torch.Generator().manual_seed(seed))
-    shuffled = torch.randperm(classes, generator=torch.Generator().manual_seed(seed + 1))
-    place = torch.empty_like(shuffled)
-    place[shuffled] = torch.arange(classes)
-    got = metrics.region_recognition(boxes[order], names[shuffled], place[labels[order]], areas[order])
-    for part, want in [
-        (got.overall, expected.overall),
-        *zip(got.by_size.values(), expected.by_size.values(), strict=True),
-    ]:
-        assert astuple(part) == pytest.approx(astuple(want), nan_ok=True)
-
-
-@given(seed=seeds, items=st.integers(1, 15), texts=st.integers(1, 15), extra=st.integers(0, 10))
-@settings(max_examples=30, deadline=None)
-def test_retrieval_does_not_depend_on_order(seed: int, items: int, texts: int, extra: int) -> None:
-    a, b = unit(items, 5, seed=seed), unit(texts, 5, seed=seed + 1)
-    pairs = every_text_and_item_paired(items, texts, extra, seed)
-    generator = torch.Generator().manual_seed(seed)
-    new_a, new_b = torch.randperm(items, generator=generator), torch.randperm(texts, generator=generator)
-    place_a, place_b = new_a.argsort(), new_b.argsort()
-    moved = torch.stack([place_a[pairs[:, 0]], place_b[pairs[:, 1]]], 1)
-    moved = moved[torch.randperm(len(moved), generator=generator)]
-    assert metrics.retrieval(a[new_a], b[new_b], moved) == metrics.retrieval(a, b, pairs)
-
-
-@given(seed=seeds, count=st.integers(2, 20))
-@settings(max_examples=20, deadline=None)
-def test_perfect_embeddings_score_one(seed: int, count: int) -> None:
-    names = torch.eye(count)
-    labels = torch.cat([torch.arange(count), integers(count, 7, seed)])
-    recognised = metrics.region_recognition(names[labels], names, labels, torch.full((len(labels),), 0.5))
-    assert (recognised.overall.top1, recognised.overall.macc) == (1.0, 1.0)
-    pairs = torch.stack([torch.arange(len(labels)), labels], 1)
-    found = metrics.retrieval(names[labels], names, pairs)
-    assert found.to_text.r1 == found.from_text.r1 == 1.0
-    boxes = torch.tensor([[0.1, 0.2, 0.5, 0.9]]).repeat(count, 1)
-    assert metrics.grounding(boxes, boxes) == metrics.Grounding(acc50=1.0, mean_iou=1.0, queries=count)
+# -- ranks and overlaps ------------------------------------------------------------------------------------------------
 
 
 @given(seed=seeds, count=st.integers(11, 300), width=st.sampled_from([3, 64, 512]))
 @settings(max_examples=20, deadline=None)
-def test_equal_embeddings_score_zero(seed: int, count: int, width: int) -> None:
-    same = unit(1, width, seed=seed).repeat(count, 1)
+def test_equal_embeddings_come_last_and_perfect_ones_first(seed: int, count: int, width: int) -> None:
     labels = torch.arange(count)
-    areas = torch.full((count,), 0.5)
-    assert metrics.region_recognition(same, same, labels, areas).overall.top1 == 0.0
-    found = metrics.retrieval(same, same.clone(), torch.stack([labels, labels], 1))
-    assert found.to_text.r10 == found.from_text.r10 == 0.0
+    pairs = torch.stack([labels, labels], 1)
+    same = unit(1, width, seed=seed).repeat(count, 1)
+    for ranks in (metrics.class_ranks(same, same, labels), *metrics.retrieval_ranks(same, same.clone(), pairs)):
+        assert (ranks == count).all()
+    eye = torch.eye(count)
+    for ranks in (metrics.class_ranks(eye, eye, labels), *metrics.retrieval_ranks(eye, eye, pairs)):
+        assert (ranks == 1).all()
 
 
-def test_embeddings_that_are_not_numbers_score_zero() -> None:
-    nan = torch.full((20, 4), float("nan"))
-    labels = torch.arange(20)
-    assert metrics.region_recognition(nan, nan, labels, torch.full((20,), 0.5)).overall.top1 == 0.0
-    found = metrics.retrieval(nan, nan, torch.stack([labels, labels], 1))
-    assert found.to_text.r10 == found.from_text.r10 == 0.0
-    boxes = torch.tensor([[0.0, 0.0, 0.5, 0.5]])
-    assert metrics.grounding(boxes * float("nan"), boxes).mean_iou == 0.0
-
-
-# -- slow references ---------------------------------------------------------------------------------------------------
+def test_what_is_not_a_number_is_wrong() -> None:
+    nan, labels = torch.full((20, 4), float("nan")), torch.arange(20)
+    ranks = metrics.class_ranks(nan, nan, labels), *metrics.retrieval_ranks(nan, nan, torch.stack([labels, labels], 1))
+    assert all((of_one > 10).all() for of_one in ranks)
+    truth = np.array([0.0, 0.0, 0.5, 0.5], dtype=np.float32)
+    assert metrics.overlaps(torch.full((1, 4), float("nan")), truth).tolist() == [0.0]
 
 
 def slow_rank(query: Tensor, gallery: list[Tensor], hits: set[int]) -> int:
@@ -114,7 +67,7 @@ def slow_rank(query: Tensor, gallery: list[Tensor], hits: set[int]) -> int:
 
 @given(seed=seeds, items=st.integers(1, 14), texts=st.integers(1, 14), extra=st.integers(0, 30), tied=st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_retrieval_equals_ranking_the_undeduplicated_lists(
+def test_retrieval_ranks_are_those_in_the_undeduplicated_lists(
     seed: int, items: int, texts: int, extra: int, tied: bool
 ) -> None:
     # Few distinct vectors make ties between different texts.
@@ -124,53 +77,33 @@ def test_retrieval_equals_ranking_the_undeduplicated_lists(
     pairs = every_text_and_item_paired(items, texts, extra, seed)
     right = {(int(i), int(t)) for i, t in pairs}
     occurring = [int(t) for _, t in pairs]  # the texts as they lie in the data, repeats and all
-    to_text = [
+    to_text, from_text = metrics.retrieval_ranks(a, b, pairs)
+    assert to_text.tolist() == [
         slow_rank(a[i], [b[t] for t in occurring], {j for j, t in enumerate(occurring) if (i, t) in right})
         for i in range(items)
     ]
-    from_text = [slow_rank(b[t], list(a), {i for i in range(items) if (i, t) in right}) for t in occurring]
-    got = metrics.retrieval(a, b, pairs)
-    for recall, ranks, gallery in ((got.to_text, to_text, len(pairs)), (got.from_text, from_text, items)):
-        for k, score in ((1, recall.r1), (5, recall.r5), (10, recall.r10)):
-            assert score == pytest.approx(sum(r <= k for r in ranks) / len(ranks))
-        assert (recall.queries, recall.gallery) == (len(ranks), gallery)
+    assert from_text.tolist() == [
+        slow_rank(b[t], list(a), {i for i in range(items) if (i, t) in right}) for t in occurring
+    ]
 
 
 @given(seed=seeds, regions=st.integers(1, 60), classes=st.integers(1, 15))
 @settings(max_examples=40, deadline=None)
-def test_recognition_equals_a_loop_over_boxes(seed: int, regions: int, classes: int) -> None:
-    boxes, names, labels = (
-        unit(regions, 4, seed=seed),
-        unit(classes, 4, seed=seed + 1),
-        integers(classes, regions, seed),
-    )
-    areas = torch.rand(regions, generator=torch.Generator().manual_seed(seed)) ** 4
-    got = metrics.region_recognition(boxes, names, labels, areas)
-    limits = {"small": (0.0, 0.01), "medium": (0.01, 0.1), "large": (0.1, 2.0)}
-    for low, high, part in [(0.0, 2.0, got.overall), *((*limits[size], got.by_size[size]) for size in limits)]:
-        outcomes: dict[int, list[bool]] = {}
-        for region, label, share in zip(boxes, labels.tolist(), areas.tolist(), strict=True):
-            if low <= share < high:
-                said = max(range(classes), key=lambda c: float(region @ names[c]))
-                outcomes.setdefault(label, []).append(said == label)
-        count = sum(map(len, outcomes.values()))
-        assert (part.boxes, part.classes_present) == (count, len(outcomes))
-        if count:
-            assert part.top1 == pytest.approx(sum(map(sum, outcomes.values())) / count)
-            assert part.macc == pytest.approx(sum(sum(o) / len(o) for o in outcomes.values()) / len(outcomes))
-        else:
-            assert math.isnan(part.top1)
-            assert math.isnan(part.macc)
+def test_class_ranks_equal_a_loop_over_boxes(seed: int, regions: int, classes: int) -> None:
+    boxes, names = unit(regions, 4, seed=seed), unit(classes, 4, seed=seed + 1)
+    labels = integers(classes, regions, seed)
+    want = [slow_rank(box, list(names), {label}) for box, label in zip(boxes, labels.tolist(), strict=True)]
+    assert metrics.class_ranks(boxes, names, labels).tolist() == want
 
 
 @pytest.mark.parametrize("at_once", [1, 40, 1000])
-def test_scores_do_not_depend_on_how_much_is_held_at_a_time(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_do_not_depend_on_how_much_is_held_at_a_time(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     items, texts = unit(60, 8, seed=0), unit(37, 8, seed=1)
     pairs, labels = every_text_and_item_paired(60, 37, 50, 2), integers(37, 60, 3)
-    expected = metrics.retrieval(items, texts, pairs), metrics.class_ranks(items, texts, labels)
+    expected = [*metrics.retrieval_ranks(items, texts, pairs), metrics.class_ranks(items, texts, labels)]
     monkeypatch.setattr(metrics, "SCORES_AT_ONCE", at_once)
-    assert metrics.retrieval(items, texts, pairs) == expected[0]
-    assert torch.equal(metrics.class_ranks(items, texts, labels), expected[1])
+    got = [*metrics.retrieval_ranks(items, texts, pairs), metrics.class_ranks(items, texts, labels)]
+    assert all(map(torch.equal, got, expected))
 
 
 def test_ranks_are_those_of_float32_under_autocast() -> None:
@@ -181,84 +114,129 @@ def test_ranks_are_those_of_float32_under_autocast() -> None:
     assert ranks.tolist() == [1, 1]
 
 
-# -- known answers -----------------------------------------------------------------------------------------------------
-
-
-def test_recognition_of_a_hand_computed_case() -> None:
-    names = torch.eye(4)
-    labels = torch.tensor([0, 0, 1, 0, 2])
-    regions = names[[0, 3, 1, 0, 2]]  # class 0: 2 of 3 right; class 1: 1 of 1; class 2: 1 of 1; class 3 does not occur
-    got = metrics.region_recognition(regions, names, labels, torch.tensor([0.005, 0.05, 0.01, 0.5, 0.0099]))
-    assert got.classes == 4
-    assert astuple(got.overall) == pytest.approx((4 / 5, (2 / 3 + 1 + 1) / 3, 5, 3))
-    assert astuple(got.by_size["small"]) == pytest.approx((1.0, 1.0, 2, 2))
-    assert astuple(got.by_size["medium"]) == pytest.approx((1 / 2, 1 / 2, 2, 2))
-    assert astuple(got.by_size["large"]) == pytest.approx((1.0, 1.0, 1, 1))
-
-
-def test_two_regions_of_one_name_do_not_compete() -> None:
-    dog, cat = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    got = metrics.retrieval(
-        torch.stack([dog, dog, cat]), torch.stack([dog, cat]), torch.tensor([[0, 0], [1, 0], [2, 1]])
-    )
-    assert got.to_text == metrics.Recall(r1=1.0, r5=1.0, r10=1.0, queries=3, gallery=3)
-    assert got.from_text == metrics.Recall(r1=1.0, r5=1.0, r10=1.0, queries=3, gallery=3)
-    assert got.distinct_texts == 2
-
-
 def test_a_wrong_text_takes_as_many_places_as_it_has_occurrences() -> None:
-    # Item 0 likes "dog" best, which names five other items; its own "cat" comes right behind.
+    # Item 0 likes "dog" best, which names five other items; its own "cat" comes right behind.  The five don't compete.
     dog, cat = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     items = torch.stack([F.normalize(torch.tensor([0.8, 0.6]), dim=0), *[dog] * 5])
     pairs = torch.tensor([[0, 1], [1, 0], [2, 0], [3, 0], [4, 0], [5, 0]])
-    assert metrics.best_hit_ranks(items, torch.stack([dog, cat]), pairs, weights=torch.tensor([5, 1])).tolist() == [
-        6,
-        1,
-        1,
-        1,
-        1,
-        1,
-    ]
-    got = metrics.retrieval(items, torch.stack([dog, cat]), pairs)
-    assert (got.to_text.r1, got.to_text.r5, got.to_text.r10) == (5 / 6, 5 / 6, 1.0)
+    to_text, from_text = metrics.retrieval_ranks(items, torch.stack([dog, cat]), pairs)
+    assert to_text.tolist() == [6, 1, 1, 1, 1, 1]
+    assert from_text.tolist() == [1, 1, 1, 1, 1, 1]
 
 
-def test_any_of_several_captions_is_a_hit() -> None:
-    captions = torch.eye(4)
-    images = torch.stack([captions[1], captions[2]])
-    got = metrics.retrieval(images, captions, torch.tensor([[0, 0], [0, 1], [1, 2], [1, 3]]))
-    assert got.to_text.r1 == 1.0  # each image finds one of its two
-    assert got.from_text == metrics.Recall(r1=0.5, r5=1.0, r10=1.0, queries=4, gallery=2)  # the other two see a tie
+def test_overlap_is_plain_iou_and_nothing_for_what_is_no_box() -> None:
+    truth = np.array([0.0, 0.0, 0.5, 0.5], dtype=np.float32)
+    found = [[0.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.5, 1.0], [0.0, 0.0, 1.0, 1.0], [0.6, 0.6, 0.9, 0.9], [0.5, 0.5, 0, 0]]
+    assert metrics.overlaps(torch.tensor(found), truth).tolist() == pytest.approx([1, 1 / 2, 1 / 4, 0, 0])
 
 
-def test_grounding_of_a_hand_computed_case() -> None:
-    truth = torch.tensor([[0.0, 0.0, 0.5, 0.5]]).repeat(5, 1)
-    predicted = torch.tensor(
-        [
-            [0.0, 0.0, 0.5, 0.5],  # IoU 1
-            [0.0, 0.0, 0.5, 1.0],  # IoU 1/2: counts
-            [0.0, 0.0, 1.0, 1.0],  # IoU 1/4
-            [0.6, 0.6, 0.9, 0.9],  # IoU 0
-            [0.5, 0.5, 0.0, 0.0],  # corners swapped: no box
-        ]
-    )
-    assert astuple(metrics.grounding(predicted, truth)) == pytest.approx((2 / 5, 1.75 / 5, 5))
+# -- scores and intervals ----------------------------------------------------------------------------------------------
+
+
+def slow_score(hits: np.ndarray, cells: np.ndarray, times: np.ndarray) -> float:
+    """Mean over cells of the share of hits, each row counted `times`; NaN if no row is left."""
+    shares = []
+    for cell in sorted(set(cells.tolist())):
+        inside = cells == cell
+        if times[inside].sum():
+            shares.append((hits[inside] * times[inside]).sum() / times[inside].sum())
+    return float(np.mean(shares)) if shares else float("nan")
+
+
+@given(seed=seeds, rows=st.integers(1, 40), num_images=st.integers(2, 8), num_cells=st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_an_interval_equals_a_loop_over_draws(seed: int, rows: int, num_images: int, num_cells: int) -> None:
+    random = np.random.default_rng(seed)
+    hits, cells = random.random(rows), random.integers(num_cells, size=rows)
+    images = random.integers(num_images, size=rows)
+    draws = draw_images(num_images, 30, seed)
+    value, low, high = interval(hits, images, cells, draws)
+    assert value == pytest.approx(slow_score(hits, cells, np.ones(rows)))
+    drawn = [slow_score(hits, cells, row[images].astype(float)) for row in draws]
+    if len(set(images.tolist())) < 2:
+        assert math.isnan(low)
+        assert math.isnan(high)
+    else:
+        expected = np.quantile([score for score in drawn if not math.isnan(score)], (0.025, 0.975))
+        assert (low, high) == pytest.approx(tuple(expected))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "DRAWS_AT_ONCE", 7)
+        assert interval(hits, images, cells, draws) == pytest.approx((value, low, high), nan_ok=True)
+
+
+def test_one_query_per_image_gives_the_binomial_interval() -> None:
+    count, share = 2000, 0.3
+    hits = (np.arange(count) < share * count).astype(float)
+    one_cell = np.zeros(count, dtype=np.int64)
+    value, low, high = interval(hits, np.arange(count), one_cell, draw_images(count, 2000, seed=1))
+    spread = 1.96 * math.sqrt(share * (1 - share) / count)  # 2 points
+    assert value == pytest.approx(share)
+    assert (low, high) == pytest.approx((share - spread, share + spread), abs=0.1 * spread)
+
+
+def test_queries_of_one_image_hang_together() -> None:
+    """Ten queries with one outcome per image tell as much as one: the interval is that of the images."""
+    images = np.repeat(np.arange(500), 10)
+    hits, cells = (images < 150).astype(float), np.zeros(5000, dtype=np.int64)
+    clustered = interval(hits, images, cells, draw_images(500, 1000, seed=1))
+    separate = interval(hits, np.arange(5000), cells, draw_images(5000, 1000, seed=1))
+    assert (clustered[2] - clustered[1]) / (separate[2] - separate[1]) == pytest.approx(math.sqrt(10), rel=0.15)
+
+
+def test_every_draw_has_as_many_images_as_the_set_and_a_seed_repeats_it() -> None:
+    draws = draw_images(300, 50, seed=7)
+    assert (draws.sum(1) == 300).all()
+    assert draws.mean(0).std() > 0
+    np.testing.assert_array_equal(draws, draw_images(300, 50, seed=7))
+    assert (draws != draw_images(300, 50, seed=8)).any()
 
 
 @pytest.mark.parametrize(
-    ("pairs", "message"),
-    [
-        ([[0, 0], [0, 1]], "every item needs a pair: 2 items, 1 in pairs"),
-        ([[0, 1], [1, 1]], "every text needs a pair: 2 texts, 1 in pairs"),
-    ],
+    ("share", "trials", "expected"),
+    [(0.0, 19, (0.0, 0.1682)), (1.0, 19, (0.8318, 1.0)), (0.0, 1, (0.0, 0.7935)), (0.5, 10, (0.2366, 0.7634))],
 )
-def test_an_unpaired_entry_is_refused(pairs: list[list[int]], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        metrics.retrieval(torch.eye(2), torch.eye(2), torch.tensor(pairs))
+def test_wilsons_interval_of_known_shares(share: float, trials: int, expected: tuple[float, float]) -> None:
+    assert wilson(share, trials) == pytest.approx(expected, abs=1e-4)
 
 
-def test_nothing_to_score_is_refused() -> None:
-    with pytest.raises(ValueError, match="no regions"):
-        metrics.region_recognition(torch.zeros(0, 4), torch.eye(4), torch.zeros(0, dtype=torch.long), torch.zeros(0))
-    with pytest.raises(ValueError, match="no grounding queries"):
-        metrics.grounding(torch.zeros(0, 4), torch.zeros(0, 4))
+@given(count=st.integers(1, 40), per_image=st.integers(1, 4), right=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_a_share_on_which_all_queries_agree_has_wilsons_interval_by_images(
+    count: int, per_image: int, right: bool
+) -> None:
+    images = np.repeat(np.arange(count), per_image)
+    scorer = Scorer(images, resamples=20)
+    scorer.add("share", "share", np.full(len(images), right), images, of="x")
+    scorer.add("mean", "mean", np.full(len(images), float(right)), images, of="x")
+    share, mean = scorer.scores["share"], scorer.scores["mean"]
+    assert (share.low, share.high) == wilson(float(right), count)
+    assert share.low <= share.value <= share.high
+    assert math.isnan(mean.low)  # no share
+
+
+def test_scores_of_a_hand_computed_case() -> None:
+    images, labels = np.array([4, 4, 9, 9, 9]), np.array([0, 1, 0, 0, 2])
+    scorer = Scorer(images, resamples=200)
+    hits = np.array([True, False, True, False, True])
+    scorer.add_accuracy(hits, images, labels, what="boxes", classes=80)
+    scorer.add_accuracy(hits[:0], images[:0], labels[:0], what="boxes", classes=80, part="large (from 96²)")
+    scorer.add_recall(np.array([1, 5, 6, 10, 11]), images, key="t2i", label="text to image", what="captions", gallery=9)
+    got = scorer.scores
+    assert got["top1"].value == pytest.approx(3 / 5)
+    assert got["macc"].value == pytest.approx((2 / 3 + 0 + 1) / 3)
+    assert (got["top1"].of, got["macc"].of) == ("5 boxes", "3 classes present of 80")
+    assert (got["top1"].low, got["top1"].high) == pytest.approx((1 / 2, 2 / 3))  # both images once, or one of them
+    assert math.isnan(got["top1_large"].value)
+    assert (got["top1_large"].label, got["top1_large"].count) == ("top-1, large (from 96²)", 0)
+    assert [got[f"t2i_r{k}"].value for k in (1, 5, 10)] == pytest.approx([1 / 5, 2 / 5, 4 / 5])
+    assert got["t2i_r10"].of == "5 captions among 9"
+    without = Scorer(images, resamples=0)
+    without.add("top1", "top-1", hits, images, of="5 boxes")
+    assert without.scores["top1"].value == pytest.approx(3 / 5)
+    assert math.isnan(without.scores["top1"].low)
+
+
+def test_sizes_are_cocos() -> None:
+    small, medium, large = by_size(np.array([0.0, 1023.9, 1024.0, 9215.9, 9216.0, 1e9])).values()
+    assert (small.sum(), medium.sum(), large.sum()) == (2, 2, 2)
+    assert (small | medium | large).all()

@@ -12,94 +12,117 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opencloc.data.sample import Sample
-from opencloc.eval.metrics import Accuracy, Grounding, Recall, RegionRecognition, Retrieval
-from opencloc.eval.report import read_log, to_json, to_markdown, write_html_report
-from opencloc.eval.tasks import Evaluation, Grounded, Prediction
+from opencloc.eval.metrics import Score
+from opencloc.eval.report import Result, read_log, to_json, to_markdown, write_html_report
+from opencloc.eval.sets.item import Item, Loaded
+from opencloc.eval.tasks import Grounded, Prediction
 
 NAN = float("nan")
 
 
-def accuracy(top1: float, boxes: int) -> Accuracy:
-    return Accuracy(top1=top1, macc=top1 / 2, boxes=boxes, classes_present=min(boxes, 98))
+def score(label: str, value: float, of: str, spread: float = 0.05) -> Score:
+    low, high = (NAN, NAN) if spread == 0 else (max(0, value - spread), min(1, value + spread))
+    return Score(label=label, value=value, low=low, high=high, count=0 if np.isnan(value) else 9, of=of)
 
 
-def recognition(top1: float) -> RegionRecognition:
-    by_size = {"small": accuracy(NAN, 0), "medium": accuracy(0.5, 200), "large": accuracy(0.9, 1000)}
-    return RegionRecognition(overall=accuracy(top1, 1200), by_size=by_size, classes=120)
+def recognition(encoder: str, top1: float) -> Result:
+    return Result(
+        encoder=encoder,
+        task="region-recognition",
+        data="scenes:rich?num_things=120&seed=1",
+        rules="Name each given box",
+        precision="fp32",
+        images=254,
+        of_images=1000,
+        class_names=("dog", "cat"),
+        scores={
+            "top1": score("top-1", top1, "1,200 boxes"),
+            "macc": score("mAcc", top1 / 2, "98 classes present of 120", spread=0),
+            "top1_small": score("top-1, small (area under 32²)", NAN, "0 boxes"),
+        },
+        skipped={"images": {"without regions": 2, "after the first 256": 744}, "boxes": {"bad box": 1}},
+        noted={},
+    )
 
 
-IMAGES = Retrieval(
-    to_text=Recall(r1=0.6, r5=0.9, r10=1.0, queries=256, gallery=256),
-    from_text=Recall(r1=0.55, r5=0.8, r10=0.95, queries=256, gallery=256),
-    distinct_texts=250,
-)
-CLIP = Evaluation(
-    encoder="CLIP|crop",
-    images=256,
-    dtype="float32",
-    region_recognition=recognition(0.0912),
-    image_retrieval=IMAGES,
-    skipped={"grounding": {"this encoder cannot ground": 900}, "image_retrieval": {"image without captions": 2}},
-)
-CLOC = Evaluation(
-    encoder="CLOC",
-    images=256,
-    dtype="float32",
-    region_recognition=recognition(0.8231),
-    image_retrieval=IMAGES,
-    grounding=Grounding(acc50=0.64, mean_iou=0.6, queries=900),
-    skipped={"image_retrieval": {"image without captions": 2}},
-)
+def grounding(encoder: str, acc50: float | None) -> Result:
+    return replace(
+        recognition(encoder, 0.5),
+        task="grounding",
+        rules="Find each text",
+        class_names=(),
+        scores={} if acc50 is None else {"acc50": score("IoU ≥ 0.5", acc50, "900 texts")},
+        skipped={"images": {"after the first 256": 744}}
+        | ({"texts": {"asked of an encoder that cannot ground": 900}} if acc50 is None else {}),
+        noted={"resized since annotation, boxes scaled": 3},
+    )
+
+
+CLIP = [recognition("CLIP|crop", 0.0912), grounding("CLIP|crop", None)]
+CLOC = [recognition("CLOC", 0.8231), grounding("CLOC", 0.64)]
 
 GOLDEN = r"""| score in % | CLIP\|crop | CLOC | of |
 |---|---:|---:|---|
-| region recognition: top-1 | 9.1 | 82.3 | 1,200 boxes |
-| region recognition: mAcc | 4.6 | 41.2 | 98 classes present of 120 |
-| region recognition: top-1, small | – | – | 0 boxes |
-| region recognition: top-1, medium | 50.0 | 50.0 | 200 boxes |
-| region recognition: top-1, large | 90.0 | 90.0 | 1,000 boxes |
-| image retrieval: image to text R@1 | 60.0 | 60.0 | 256 queries among 256 |
-| image retrieval: image to text R@5 | 90.0 | 90.0 | 256 queries among 256 |
-| image retrieval: image to text R@10 | 100.0 | 100.0 | 256 queries among 256 |
-| image retrieval: text to image R@1 | 55.0 | 55.0 | 256 queries among 256 |
-| image retrieval: text to image R@5 | 80.0 | 80.0 | 256 queries among 256 |
-| image retrieval: text to image R@10 | 95.0 | 95.0 | 256 queries among 256 |
-| grounding: IoU ≥ 0.5 | – | 64.0 | 900 texts |
-| grounding: mean IoU | – | 60.0 | 900 texts |
+| region-recognition: images used | 254 of 1,000 | 254 of 1,000 | of the set |
+| region-recognition: top-1 | 9.1 (4.1 to 14.1) | 82.3 (77.3 to 87.3) | 1,200 boxes |
+| region-recognition: mAcc | 4.6 | 41.2 | 98 classes present of 120 |
+| grounding: images used | – | 254 of 1,000 | of the set |
+| grounding: IoU ≥ 0.5 | – | 64.0 (59.0 to 69.0) | 900 texts |
 
-Left out:
+Rules:
 
-* grounding: this encoder cannot ground (900): CLIP\|crop
-* image retrieval: image without captions (2)
-"""
+* region-recognition, on scenes:rich?num_things=120&seed=1: Name each given box
+* grounding, on scenes:rich?num_things=120&seed=1: Find each text
+
+Skipped:
+
+* images: without regions (2), in region-recognition
+* images: after the first 256 (744)
+* boxes: bad box (1), in region-recognition
+* texts: asked of an encoder that cannot ground (900), in grounding, by CLIP\|crop
+
+Used, and unusual:
+
+* images: resized since annotation, boxes scaled (3), in grounding
+
+In brackets: 95 % intervals"""
 
 
-def test_the_markdown_table_has_every_score_with_its_denominator() -> None:
-    assert to_markdown([CLIP, CLOC]) == GOLDEN
+def test_the_markdown_table_has_every_score_with_its_denominator_and_interval() -> None:
+    assert to_markdown([*CLIP, *CLOC]).startswith(GOLDEN)
 
 
 def test_denominators_that_differ_are_all_named() -> None:
-    other = replace(CLOC, grounding=Grounding(acc50=0.5, mean_iou=0.5, queries=7))
-    assert "| grounding: mean IoU | 60.0 | 50.0 | 900 texts / 7 texts |" in to_markdown([CLOC, other])
+    other = replace(CLOC[1], encoder="other", scores={"acc50": score("IoU ≥ 0.5", 0.5, "7 texts")})
+    assert "| grounding: IoU ≥ 0.5 | 64.0 (59.0 to 69.0) | 50.0 (45.0 to 55.0) | 900 texts / 7 texts |" in to_markdown(
+        [CLOC[1], other]
+    )
 
 
 def test_json_is_strict_and_complete() -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    clip, cloc = json.loads(to_json([CLIP, CLOC]), parse_constant=refuse)
-    assert clip["encoder"] == "CLIP|crop"
-    assert clip["grounding"] is None
-    assert clip["region_recognition"]["by_size"]["small"] == {
-        "top1": None,
-        "macc": None,
-        "boxes": 0,
-        "classes_present": 0,
+    clip, cloc = json.loads(to_json([CLIP[1], CLOC[0]]), parse_constant=refuse)
+    assert (clip["encoder"], clip["scores"]) == ("CLIP|crop", {})
+    assert cloc["scores"]["top1"] == {
+        "label": "top-1",
+        "value": 0.8231,
+        "low": pytest.approx(0.7731),
+        "high": pytest.approx(0.8731),
+        "count": 9,
+        "of": "1,200 boxes",
     }
-    assert cloc["grounding"] == {"acc50": 0.64, "mean_iou": 0.6, "queries": 900}
-    assert cloc["image_retrieval"]["to_text"]["r1"] == 0.6
-    assert cloc["skipped"] == {"image_retrieval": {"image without captions": 2}}
+    assert cloc["scores"]["top1_small"]["value"] is None
+    assert cloc["skipped"] == {"images": {"without regions": 2, "after the first 256": 744}, "boxes": {"bad box": 1}}
+
+
+def test_markdown_runs_nothing_that_comes_from_a_path() -> None:
+    hostile = replace(CLOC[0], data="coco:/a|b/<script>alert(1)</script>/[x](y)`*&lt;\n\udcff")
+    table = to_markdown([hostile])
+    assert "<script>" not in table
+    assert r"coco:/a\|b/&lt;script>alert(1)&lt;/script>/\[x\](y)\`\*&amp;lt; ?: Name" in table
+    table.encode()
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
@@ -133,8 +156,9 @@ class Page(HTMLParser):
 def prediction(texts: tuple[str, ...], names: tuple[str, ...]) -> Prediction:
     boxes = np.array([[0.1, 0.1, 0.4, 0.5], [0.5, 0.25, 1.0, 1.0]], dtype=np.float32)
     image = Image.new("RGB", (40, 20), (200, 30, 30))
+    item = Item(image=image, boxes=boxes, texts=texts)
     return Prediction(
-        sample=Sample(key="k", image=image, boxes=boxes, texts=texts),
+        loaded=Loaded(number=0, item=item, image=image, annotated_px=image.size),
         names=names,
         correct=tuple(name == text for name, text in zip(names, texts, strict=True)),
         grounded=(
@@ -156,7 +180,7 @@ def page(tmp_path: Path) -> Page:
         tmp_path / "report.html",
         title=f"Title {HOSTILE}",
         lede=HOSTILE,
-        evaluations=[replace(CLIP, encoder=HOSTILE), CLOC],
+        results=[replace(one, encoder=HOSTILE, data=HOSTILE) for one in CLIP] + CLOC,
         logs={HOSTILE: write_log(tmp_path / "a.jsonl", *log), "CLOC": write_log(tmp_path / "b.jsonl", *log)},
         pictures=[prediction(("dog", HOSTILE), ("dog", "cat")), prediction(("dog", "cat"), (HOSTILE, "cat"))],
         facts={"command": HOSTILE},
@@ -168,7 +192,7 @@ def page(tmp_path: Path) -> Page:
 def test_hostile_names_are_shown_and_never_run(page: Page) -> None:
     assert not any(tag == "script" or any(name.startswith("on") for name in attrs) for tag, attrs in page.tags)
     assert all(attrs["src"].startswith("data:image/png;base64,") for tag, attrs in page.tags if tag == "img")  # pyright: ignore
-    # Title twice, lede, two tables, key of the curves, two in pictures as text and name, one as prompt, the fact.
+    # Title twice, lede, tables, rules, key of the curves, in pictures as text, name and prompt, the fact.
     assert page.text.count(HOSTILE) >= 9
 
 
@@ -200,7 +224,7 @@ def test_ids_of_the_curves_do_not_collide(page: Page) -> None:
 
 
 def test_a_page_without_pictures_or_logs_has_no_empty_sections(tmp_path: Path) -> None:
-    write_html_report(tmp_path / "r.html", title="T", lede="L", evaluations=[CLOC])
+    write_html_report(tmp_path / "r.html", title="T", lede="L", results=CLOC)
     page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
     headings = re.findall(r"What it sees|Training|All numbers|How this was made", page.text)
     assert headings == ["All numbers"]
@@ -220,7 +244,5 @@ def test_a_broken_log_is_named_with_its_line(line: str, tmp_path: Path) -> None:
 def test_more_runs_than_colours_are_refused(tmp_path: Path) -> None:
     log = write_log(tmp_path / "log.jsonl", '{"step": 1, "image_text": 2}')
     with pytest.raises(ValueError, match="5 logs, at most 4"):
-        write_html_report(
-            tmp_path / "r.html", title="T", lede="L", evaluations=[CLOC], logs={str(i): log for i in range(5)}
-        )
+        write_html_report(tmp_path / "r.html", title="T", lede="L", results=CLOC, logs={str(i): log for i in range(5)})
     assert not (tmp_path / "r.html").exists()

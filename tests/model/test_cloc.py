@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +22,17 @@ from transformers import (
     Siglip2ImageProcessorPil,
 )
 
-from opencloc.model.cloc import ClocConfig, ClocModel
+from opencloc.config import LossConfig, ModelConfig
+from opencloc.loss import cloc_loss
+from opencloc.model.cloc import ClocConfig, ClocModel, ImageFeatures
 from opencloc.model.packing import pack
 from opencloc.model.processor import ClocProcessor
-from opencloc.model.prompter import CrossPrompter
+from opencloc.model.prompter import PROMPTERS, CrossPrompter
 from opencloc.model.prompts import Box, Mask, Point, Text
 from opencloc.model.towers import patchify, vision_forward
 
 FAMILIES = ("clip", "siglip", "siglip2")
-PROMPTERS = ("cross", "encoder", "roi")
+TEXT_PROMPTERS = [name for name, kind in PROMPTERS.items() if kind.has_text_prompts]
 BOXES = torch.tensor([[[0.1, 0.2, 0.6, 0.9], [0.5, 0.0, 1.0, 0.4]], [[0.0, 0.0, 0.3, 0.3], [0.2, 0.2, 0.9, 0.5]]])
 
 MakeModel = Callable[..., ClocModel]
@@ -65,7 +70,7 @@ def test_every_family_trains_with_every_prompter(make_model: MakeModel, family: 
     torch.stack([term.square().sum() for term in terms]).sum().backward()
     idle = {name for name, p in model.named_parameters() if p.grad is None}
     unused = {"prompt_encoder.point_kind", "clip.logit_scale", "clip.logit_bias", "region_logit_scale"}
-    if prompter == "roi":
+    if not PROMPTERS[prompter].has_text_prompts:
         unused |= {name for name, _ in model.named_parameters() if name.startswith("prompt_encoder.")}
     assert idle <= unused
     for embedding in (out.image, out.caption, out.region, out.region_text):
@@ -156,7 +161,7 @@ def test_prompts_do_not_see_each_other(make_model: MakeModel, prompter: str) -> 
     torch.testing.assert_close(ragged[1], together[1, :1])
 
 
-@pytest.mark.parametrize("prompter", ["cross", "encoder"])
+@pytest.mark.parametrize("prompter", TEXT_PROMPTERS)
 def test_kinds_of_prompts_mix_and_padding_changes_nothing(make_model: MakeModel, prompter: str) -> None:
     model = make_model(prompter=prompter)
     features = model.encode_image(pixels())
@@ -171,7 +176,7 @@ def test_kinds_of_prompts_mix_and_padding_changes_nothing(make_model: MakeModel,
     assert torch.pdist(mixed).min() > 1e-4
 
 
-@pytest.mark.parametrize("prompter", ["cross", "encoder"])
+@pytest.mark.parametrize("prompter", TEXT_PROMPTERS)
 def test_distinct_texts_encoded_once_equal_the_plain_way(make_model: MakeModel, prompter: str) -> None:
     model = make_model(prompter=prompter)
     ids = texts(model)
@@ -209,7 +214,7 @@ def training_output(model: ClocModel, image: torch.Tensor, kept: torch.Tensor | 
     return {name: value for name, value in vars(output).items() if value is not None}
 
 
-@pytest.mark.parametrize("prompter", ["cross", "encoder"])
+@pytest.mark.parametrize("prompter", [name for name, kind in PROMPTERS.items() if kind.allows_patch_dropout])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_patches_kept_in_any_order_change_nothing(make_model: MakeModel, family: str, prompter: str) -> None:
     model = make_model(family, prompter=prompter)
@@ -220,7 +225,7 @@ def test_all_patches_kept_in_any_order_change_nothing(make_model: MakeModel, fam
         torch.testing.assert_close(value, expected[name])
 
 
-@pytest.mark.parametrize("prompter", ["cross", "encoder"])
+@pytest.mark.parametrize("prompter", [name for name, kind in PROMPTERS.items() if kind.allows_patch_dropout])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_is_seen_of_the_patches_left_out(make_model: MakeModel, family: str, prompter: str) -> None:
     model = make_model(family, prompter=prompter)
@@ -231,14 +236,15 @@ def test_nothing_is_seen_of_the_patches_left_out(make_model: MakeModel, family: 
     shown = shown.repeat_interleave(side, 2).repeat_interleave(side, 3)
     expected, other = training_output(model, pixels(), kept), training_output(model, pixels() * shown, kept)
     whole = training_output(model, pixels(), None)
-    for name in ("image", "region", "ground_boxes"):
+    for name in {"image", "region", "ground_boxes"} & set(whole):
         torch.testing.assert_close(other[name], expected[name])
         assert not torch.allclose(whole[name], expected[name], atol=1e-4)
 
 
-def test_the_roi_prompter_refuses_to_leave_patches_out(make_model: MakeModel) -> None:
-    with pytest.raises(ValueError, match="patch_dropout must be 0"):
-        training_output(make_model(prompter="roi"), pixels(), torch.zeros(2, 1, dtype=torch.long))
+@pytest.mark.parametrize("prompter", [name for name, kind in PROMPTERS.items() if not kind.allows_patch_dropout])
+def test_a_prompter_that_needs_all_patches_refuses_to_leave_some_out(make_model: MakeModel, prompter: str) -> None:
+    with pytest.raises(ValueError, match=r"needs all patches: data\.patch_dropout must be 0"):
+        training_output(make_model(prompter=prompter), pixels(), torch.zeros(2, 1, dtype=torch.long))
 
 
 def test_padding_behind_a_text_changes_nothing(make_model: MakeModel) -> None:
@@ -271,10 +277,11 @@ def test_grounded_boxes_are_ordered_and_inside(make_model: MakeModel, box_head: 
     assert (boxes[..., 2:] >= boxes[..., :2]).all()
 
 
-def test_roi_prompter_refuses_texts(make_model: MakeModel) -> None:
-    model = make_model(prompter="roi")
+@pytest.mark.parametrize("prompter", sorted(set(PROMPTERS) - set(TEXT_PROMPTERS)))
+def test_a_prompter_without_text_prompts_says_which_have_them(make_model: MakeModel, prompter: str) -> None:
+    model = make_model(prompter=prompter)
     features = model.encode_image(pixels())
-    with pytest.raises(ValueError, match="no text prompts"):
+    with pytest.raises(ValueError, match=r"no text prompts.*use prompter='cross' or 'encoder'"):
         model.ground(features, torch.zeros(2, 1, 24))
     with pytest.raises(ValueError, match="no text prompts"):
         model.encode_regions(features, [[Text(torch.zeros(24))], []])
@@ -320,3 +327,84 @@ def test_the_cross_prompter_starts_with_the_image_tokens_as_values(make_model: M
     loaded = ClocModel.from_pretrained(tmp_path).prompter
     assert isinstance(loaded, CrossPrompter)
     assert torch.equal(loaded.value.weight, model.prompter.value.weight)  # a start only, not kept
+
+
+# -- the list of Prompters -----------------------------------------------------------------------------------------
+
+
+def test_configurations_offer_exactly_the_prompters_there_are() -> None:
+    for config in (ClocConfig, ModelConfig):
+        assert re.findall(r"""["'](\w+)["']""", str(config.__annotations__["prompter"])) == list(PROMPTERS)
+
+
+@pytest.mark.parametrize("prompter", PROMPTERS)
+def test_boxes_that_are_padding_may_hold_nan(make_model: MakeModel, prompter: str) -> None:
+    model = make_model(prompter=prompter).train()
+    ids, valid = texts(model), torch.tensor([[True, True], [True, False]])
+    gradients = []
+    for padding in (0.5, float("nan")):
+        boxes = BOXES.clone()
+        boxes[1, 1] = padding
+        model.zero_grad()
+        output = model(pixels(), ids[:2], boxes, ids, torch.tensor([[0, 1], [2, 0]]))
+        cloc_loss(output, boxes, valid, torch.tensor([[0, 1], [2, 0]]), LossConfig()).total.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, expected in gradients[0].items():
+        assert torch.isfinite(expected).all()
+        torch.testing.assert_close(gradients[1][name], expected, msg=name)
+
+
+def test_an_untrained_prompter_refuses_to_answer(make_model: MakeModel) -> None:
+    model = make_model(regions_trained=False)
+    features = model.encode_image(pixels())
+    for ask in (lambda: model.encode_regions(features, BOXES), lambda: model.ground(features, torch.ones(2, 1, 24))):
+        with pytest.raises(ValueError, match="never trained"):
+            ask()
+
+
+# -- pool ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pooling_over_the_whole_square_gives_the_image_embedding(
+    make_model: MakeModel, family: str, attention: str
+) -> None:
+    model = make_model(family, prompter="pool")
+    model.set_attn_implementation(attention)
+    features = model.encode_image(pixels())
+    whole = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(2, 1, 4)
+    torch.testing.assert_close(model.encode_regions(features, whole)[:, 0], features.embedding)
+    torch.testing.assert_close(
+        torch.stack(model.encode_regions(features, [[Mask(torch.ones(3, 5))], [Box(0.0, 0.0, 1.0, 1.0)]]))[:, 0],
+        features.embedding,
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pooled_region_reads_its_own_patches(make_model: MakeModel, family: str) -> None:
+    model = make_model(family, prompter="pool", prior_slope=6.0)
+    features = model.encode_image(pixels())
+    assert features.pool_input is not None
+    before = features.pool_input.shape[1] - 16
+    other = features.pool_input.clone()
+    other[:, before + 8 :] = torch.randn(8, 32)  # the lower half
+    changed = replace(features, pool_input=other)
+
+    def pooled(features: ImageFeatures, y0: float) -> torch.Tensor:
+        return torch.cat(model.encode_regions(features, [[Box(0.0, y0, 1.0, y0 + 0.5)]] * 2))
+
+    torch.testing.assert_close(pooled(features, 0.0), pooled(changed, 0.0))
+    assert not torch.allclose(pooled(features, 0.5), pooled(changed, 0.5), atol=1e-2)
+
+
+def test_the_pool_prompter_has_no_weights_and_keeps_the_scale_of_clip(make_model: MakeModel) -> None:
+    model = make_model(prompter="pool")
+    assert not model.prompter.state_dict()
+    assert model.region_scale == model.clip.logit_scale.exp()
+    assert torch.equal(model.encode_image(pixels()).tokens, vision_forward(model.clip, pixels())[1])
+    copied = copy.deepcopy(model)
+    torch.nn.init.zeros_(copied.clip.visual_projection.weight)  # a copy pools with its own towers
+    assert not copied.encode_regions(copied.encode_image(pixels()), BOXES).any()
+    with pytest.raises(ValueError, match="needs a prior_slope"):
+        make_model(prompter="pool", prior_slope=None)

@@ -1,20 +1,15 @@
-"""Processor and tokenizer, and the Predictor that photos go through."""
+"""Processor and tokenizer."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
-from opencloc.model.cloc import ClocConfig, ClocModel
-from opencloc.model.predictor import Predictor
 from opencloc.model.processor import ClocProcessor, train_tokenizer
 
 
@@ -74,71 +69,3 @@ def test_padding_is_nearly_zero_once_normalised(tokenizer: PreTrainedTokenizerFa
     assert pixels[0, :, 0].abs().max() < 0.02
     assert pixels[0, :, 16].min() > 1
     assert (letterbox.width_px, letterbox.height_px) == (64, 16)
-
-
-@pytest.fixture
-def predictor(tower_config: Callable[[str], Any], tokenizer: PreTrainedTokenizerFast) -> Predictor:
-    torch.manual_seed(0)
-    clip = tower_config("clip")
-    return Predictor(ClocModel(ClocConfig(clip_config=clip)), ClocProcessor.for_towers(clip, tokenizer))
-
-
-@pytest.fixture
-def photo(tmp_path: Path) -> Path:
-    pixels = np.random.default_rng(0).integers(0, 255, (40, 80, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photo.png")
-    return tmp_path / "photo.png"
-
-
-def test_predictor_gives_the_models_own_embeddings(predictor: Predictor, photo: Path) -> None:
-    image = predictor.encode(photo)
-    # box of the left half of an 80 x 40 image: in the square, x from 0 to 0.5, y from 0.25 to 0.75
-    with torch.inference_mode():
-        expected = predictor.model.encode_regions(image.features, torch.tensor([[[0.0, 0.25, 0.5, 0.75]]]))[0]
-    torch.testing.assert_close(predictor.embed(image, boxes_px=[[0, 0, 40, 40]]), expected)
-    mask = np.zeros((40, 80), dtype=bool)
-    mask[:, :40] = True
-    mixed = predictor.embed(image, boxes_px=[[0, 0, 40, 40]], points_px=[[20, 20]], masks=[mask], texts=["a red dog"])
-    assert mixed.shape == (4, 24)
-    torch.testing.assert_close(mixed[:1], expected)
-
-
-def test_predictor_names_and_grounds_in_pixels(predictor: Predictor, photo: Path) -> None:
-    image = predictor.encode(Image.open(photo))
-    names, probabilities = predictor.classify(image, [[0, 0, 40, 40], [10, 5, 70, 35]], ["a dog", "a cat", "snow"])
-    assert probabilities.shape == (2, 3)
-    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
-    assert names == [["a dog", "a cat", "snow"][i] for i in probabilities.argmax(1)]
-    boxes = predictor.ground(image, ["a dog", "snow"])
-    assert boxes.shape == (2, 4)
-    assert (boxes[:, [0, 2]] <= 80).all()
-    assert (boxes[:, [1, 3]] <= 40).all()
-
-
-@pytest.mark.parametrize(
-    ("box", "message"),
-    [([0, 0, 90, 10], "80 x 40"), ([0, 0, float("nan"), 1], "box 0"), ([5, 5, 5, 9], "box"), ([1, 2, 3], "4 numbers")],
-)
-def test_predictor_refuses_bad_boxes(predictor: Predictor, photo: Path, box: list[float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        predictor.embed(predictor.encode(photo), boxes_px=[box])
-
-
-def test_predictor_names_a_file_that_is_no_image(predictor: Predictor, tmp_path: Path, photo: Path) -> None:
-    (tmp_path / "no.jpg").write_text("hello")
-    with pytest.raises(ValueError, match=r"no\.jpg is not a readable image"):
-        predictor.encode(tmp_path / "no.jpg")
-    (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"cut\.png is not a readable image"):
-        predictor.encode(tmp_path / "cut.png")
-    with pytest.raises(FileNotFoundError):
-        predictor.encode(tmp_path / "missing.png")
-    with pytest.raises(ValueError, match="mask of shape"):
-        predictor.embed(predictor.encode(photo), masks=[np.ones((4, 4), dtype=bool)])
-
-
-def test_predictor_loads_what_training_saves(predictor: Predictor, tmp_path: Path, photo: Path) -> None:
-    predictor.model.save_pretrained(tmp_path / "m")
-    predictor.processor.save_pretrained(tmp_path / "m")
-    loaded = Predictor.from_pretrained(tmp_path / "m")
-    torch.testing.assert_close(loaded.encode(photo).features.embedding, predictor.encode(photo).features.embedding)

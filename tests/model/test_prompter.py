@@ -70,7 +70,7 @@ def test_prompter_equals_its_definition_prompt_by_prompt(form: str, shared_posit
     reference: Callable[..., torch.Tensor]
     if form == "cross":
         prompter, reference = (
-            CrossPrompter(WIDTH, EMBED, GRID, num_heads=4, prior_slope=0.0, shared_positions=shared_positions),
+            CrossPrompter(WIDTH, EMBED, GRID, prompter_heads=4, prior_slope=0.0, shared_positions=shared_positions),
             cross_reference,
         )
     else:

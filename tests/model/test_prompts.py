@@ -90,6 +90,12 @@ def test_bad_points_masks_and_tuples_are_refused() -> None:
         encoder([[Mask(torch.zeros(4, 4))]])
     with pytest.raises(ValueError, match="at least one part"):
         encoder([[()]])
+    with pytest.raises(ValueError, match=r"bool or coverage in \[0, 1\]"):
+        encoder([[Mask(torch.full((4, 4), 3.0))]])
+    with pytest.raises(ValueError, match=r"has shape \(8,\), this one \(5,\)"):
+        encoder([[Text(torch.ones(5))]])
+    with pytest.raises(TypeError, match="Predictor takes strings"):
+        encoder([[Text("a dog")]])
 
 
 def test_listed_boxes_equal_the_tensor_path() -> None:

@@ -21,6 +21,7 @@ from opencloc.config import LossConfig, TrainConfig
 from opencloc.loss import ClocLoss, cloc_loss
 from opencloc.model.cloc import ClocConfig, ClocModel, ClocOutput
 from opencloc.model.packing import PackedTexts, pack
+from opencloc.model.prompter import PROMPTERS
 from opencloc.train.build import apply_options
 
 BOXES = torch.tensor([[[0.1, 0.2, 0.6, 0.9], [0.5, 0.0, 1.0, 0.4]], [[0.0, 0.0, 0.3, 0.3], [0.2, 0.2, 0.9, 0.5]]])
@@ -84,7 +85,7 @@ def run_empty(model: ClocModel, device: str, ask: Callable[[ClocOutput], torch.T
         return output if ask is None else replace(output, image=output.image + ask(output))
 
 
-@pytest.mark.parametrize("prompter", ["cross", "encoder", "roi"])
+@pytest.mark.parametrize("prompter", PROMPTERS)
 def test_a_step_asks_for_no_value(tower_config: Callable[[str], Any], prompter: str) -> None:
     model = make(tower_config, prompter=prompter)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -93,7 +94,7 @@ def test_a_step_asks_for_no_value(tower_config: Callable[[str], Any], prompter: 
         loss_of(output, boxes, valid, text_hash).total.backward()
 
 
-@pytest.mark.parametrize("prompter", ["cross", "encoder", "roi"])
+@pytest.mark.parametrize("prompter", PROMPTERS)
 def test_the_model_copies_nothing_between_host_and_device(tower_config: Callable[[str], Any], prompter: str) -> None:
     output = run_empty(make(tower_config, prompter=prompter), "meta")
     torch.stack([value.sum() for value in vars(output).values() if value is not None]).sum().backward()

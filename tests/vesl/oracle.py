@@ -1,6 +1,6 @@
 """A detector that knows the answer: it finds exactly the regions stored in the tars it is given, and can misbehave.
 
-Named on the command line as `oracle:factory?shards=DIR`; the folder of this file has to be importable.
+Named on the command line as `.../oracle.py:factory?shards=DIR`.
 """
 
 from __future__ import annotations
@@ -27,20 +27,32 @@ class Oracle:
 
     model_id = "oracle"
 
-    def __init__(self, shards: str, fail: str, die: str, interrupt: str, once: str, slow: str) -> None:
+    def __init__(
+        self,
+        shards: str,
+        fail: str = "",
+        die: str = "",
+        interrupt: str = "",
+        once: str = "",
+        hold: str = "",
+        score: str = str(SCORE),
+    ) -> None:
+        """Fails, dies or is interrupted on the given keys (`once`: a folder, and only the first time).
+
+        As long as the file `hold` is there, it waits at the key that stands in it, and says so by the file `HOLD.held`.
+        """
         known = [item for url in expand_urls(shards) for item in iter_shard(url) if isinstance(item, Sample)]
         self._answers = {fingerprint(sample.image): sample for sample in known}
         self._fail, self._die, self._interrupt = fail.split(","), die.split(","), interrupt.split(",")
-        self._once, self._slow = once, float(slow)
+        self._once, self._hold, self._score = once, Path(hold or os.devnull), float(score)
         self.batches: list[list[str]] = []  # keys asked for
 
     def __call__(self, images: Sequence[Image.Image], phrases: Sequence[Sequence[str]]) -> list[Detections]:
         samples = [self._answers[fingerprint(image)] for image in images]
         self.batches.append([sample.key for sample in samples])
-        time.sleep(self._slow * len(images))
         for sample in samples:
             self._misbehave(sample.key)
-        return [answer(sample, own) for sample, own in zip(samples, phrases, strict=True)]
+        return [answer(sample, own, self._score) for sample, own in zip(samples, phrases, strict=True)]
 
     def _misbehave(self, key: str) -> None:
         if self._once:
@@ -49,6 +61,10 @@ class Oracle:
                 return
             if key in (*self._fail, *self._die, *self._interrupt):
                 mark.touch()
+        if self._hold.is_file() and self._hold.read_text() == key:
+            self._hold.with_suffix(".held").touch()
+            while self._hold.exists():
+                time.sleep(0.01)
         if key in self._die:
             os.kill(os.getpid(), signal.SIGKILL)
         if key in self._interrupt:
@@ -57,20 +73,18 @@ class Oracle:
             raise RuntimeError(f"cannot look at {key}")
 
 
-def answer(sample: Sample, phrases: Sequence[str]) -> Detections:
+def answer(sample: Sample, phrases: Sequence[str], score: float = SCORE) -> Detections:
     """The sample's regions whose text is among the phrases."""
     known = [i for i, text in enumerate(sample.texts) if text in phrases]
     numbers = [list(phrases).index(sample.texts[i]) for i in known]
-    return Detections(boxes=sample.boxes[known], scores=np.full(len(known), SCORE), phrase=np.array(numbers))
+    return Detections(boxes=sample.boxes[known], scores=np.full(len(known), score), phrase=np.array(numbers))
 
 
 def fingerprint(image: Image.Image) -> bytes:
     return hashlib.sha256(image.tobytes()).digest()
 
 
-def factory(shards: str, fail: str = "", die: str = "", interrupt: str = "", once: str = "", slow: str = "0") -> Oracle:
-    """Knows the regions of `shards`; fails, dies or is interrupted on the given keys (once: only the first time)."""
-    return Oracle(shards, fail, die, interrupt, once, slow)
+factory = Oracle
 
 
 def broken() -> Oracle:

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForZeroShotObjectDetection, AutoTokenizer
 
-from opencloc.vesl.detect import Detections, load_detector
+from opencloc.vesl.detect import Detections
+from opencloc.vesl.detectors import load_detector
 from opencloc.vesl.owl import PAD_GREY, OwlDetector, TextCache
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests are no packages; checkpoints.py lies beside this file
@@ -41,7 +42,7 @@ def images() -> list[Image.Image]:
 
 def load(path: str, **changes) -> Any:
     return load_detector(
-        path, **{"resolution": 96, "dtype": "fp32", "device": "cpu", "score_threshold": 0.2, **changes}
+        path, **{"resolution": 96, "precision": "fp32", "device": "cpu", "score_threshold": 0.2, **changes}
     )
 
 
@@ -152,7 +153,7 @@ def test_owlvit_images_are_squashed_and_boxes_need_no_correction(tmp_path: Path,
 def test_bf16_agrees_with_fp32_to_its_precision(kind: str, images, request) -> None:
     path = request.getfixturevalue(kind)
     exact = load(path, score_threshold=0.0)(images[:1], [["cat"]])[0]
-    half = load(path, score_threshold=0.0, dtype="bf16")(images[:1], [["cat"]])[0]
+    half = load(path, score_threshold=0.0, precision="bf16")(images[:1], [["cat"]])[0]
     assert len(half) == len(exact)
     assert np.median(np.abs(half.boxes - exact.boxes)) < 0.01
     assert np.median(np.abs(half.scores - exact.scores)) < 0.05
@@ -265,29 +266,36 @@ def broken():
 
 
 @pytest.fixture
-def user_module(tmp_path: Path, monkeypatch) -> str:
+def user_file(tmp_path: Path, monkeypatch) -> str:
     (tmp_path / "my_detectors.py").write_text(USER_MODULE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    sys.modules.pop("my_detectors", None)
-    return "my_detectors"
+    return "my_detectors.py"
 
 
-def test_a_users_factory_is_found_in_the_current_folder_and_gets_its_arguments(user_module: str) -> None:
-    assert load_detector(f"{user_module}:Nothing").model_id == "default0"  # pyright: ignore
-    assert load_detector(f"{user_module}:Nothing?model=/a%20b.onnx&level=2").model_id == "/a b.onnx2"  # pyright: ignore
+def test_a_users_factory_comes_from_a_file_or_an_installed_package_and_gets_its_arguments(
+    user_file: str, tmp_path: Path, monkeypatch
+) -> None:
+    assert load_detector(f"{user_file}:Nothing").model_id == "default0"  # pyright: ignore
+    assert load_detector(f"{tmp_path}/{user_file}:Nothing?level=2").model_id == "default2"  # pyright: ignore
+    monkeypatch.syspath_prepend(tmp_path)  # as if installed
+    assert load_detector("my_detectors:Nothing?model=/a%20b.onnx").model_id == "/a b.onnx0"  # pyright: ignore
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
         ("no_such_module:factory", "no module 'no_such_module'"),
-        ("my_detectors:missing", "my_detectors has no callable 'missing'"),
-        ("my_detectors:not_callable", "has no callable"),
-        ("my_detectors:broken", "returned str, not a callable"),
+        ("nowhere/x.py:factory", "nowhere/x.py: no such file"),
+        ("my_detectors.py:missing", "my_detectors.py has no callable 'missing'"),
+        ("my_detectors.py:not_callable", "has no callable"),
+        ("my_detectors.py:broken", "returned str, not a callable"),
+        ("mistyped", "detector 'mistyped': mistyped: no such folder"),
+        ("runs/mistyped/model", "no such folder"),
     ],
 )
-def test_a_detector_spec_that_leads_nowhere_is_named(user_module: str, spec: str, message: str) -> None:
+def test_a_detector_spec_that_leads_nowhere_is_named_without_asking_the_hub(
+    user_file: str, spec: str, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         load_detector(spec)
 
@@ -298,6 +306,27 @@ def test_a_checkpoint_of_another_kind_is_refused_with_what_is_supported(tmp_path
     CLIPConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"is of type 'clip'; supported: owlvit, owlv2, grounding-dino"):
         load_detector(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b"cut short"),
+        ("config.json", b"[]"),
+        ("config.json", b"{"),
+        ("tokenizer.json", b"{"),
+    ],
+)
+def test_a_broken_checkpoint_is_one_error_that_names_it(tmp_path: Path, name: str, content: bytes) -> None:
+    folder = save_owl(tmp_path / "owl")
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"detector '{folder}'"):
+        load(str(folder))
+
+
+def test_a_device_that_is_not_there_is_named(owl_path: str) -> None:
+    with pytest.raises(ValueError, match="device 'cuda:99' is not there"):
+        load(owl_path, device="cuda:99")
 
 
 def test_the_owl_detector_names_its_checkpoint(owl_path: str) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from opencloc.boxes import pairwise_iou
 from opencloc.data.sources.coco import Coco, CocoConfig
-from opencloc.vesl.detect import load_detector
+from opencloc.vesl.detectors import load_detector
 from opencloc.vesl.filters import FilterConfig, filter_detections
 
 pytest.importorskip("onnxruntime", reason="needs the extra `onnx`")
@@ -53,6 +53,25 @@ CELLS = sum((SIDE // stride) ** 2 for stride in example.STRIDES)
 def test_a_phrase_stands_for_the_class_that_its_last_words_name(phrase: str, name: str | None) -> None:
     found = example.class_of_phrase(phrase)
     assert (None if found is None else example.COCO_CLASSES[found]) == name
+
+
+@pytest.mark.parametrize(
+    ("phrase", "text"),
+    [
+        ("people", "person"),
+        ("several young women", "young woman"),
+        ("small brown dogs", "small brown dog"),
+        ("red tennis racquets", "red tennis racquet"),
+        ("man", "man"),
+        ("scissors", "scissors"),
+        ("other people", "person"),
+    ],
+)
+def test_a_box_is_one_object_and_its_text_in_the_singular(phrase: str, text: str) -> None:
+    detector = fake_detector((40, 70, example.class_of_phrase(phrase), 0.9))
+    found = detector([Image.new("RGB", (SIDE, SIDE))], [[phrase]])[0]
+    assert found.texts is not None
+    assert found.texts.tolist() == [text]
 
 
 def test_every_class_stands_for_itself() -> None:
@@ -146,16 +165,16 @@ def test_only_boxes_whose_class_the_phrases_name_are_returned() -> None:
 def test_a_missing_model_is_named(monkeypatch) -> None:
     monkeypatch.delenv("OPENCLOC_YOLOX", raising=False)
     with pytest.raises(ValueError, match="set OPENCLOC_YOLOX"):
-        example.factory()
+        example.make_detector()
     with pytest.raises(ValueError, match=r"no YOLOX model at /nowhere\.onnx"):
-        example.factory("/nowhere.onnx")
+        example.make_detector("/nowhere.onnx")
 
 
 def test_on_real_photos_it_finds_most_large_objects(photos: Path) -> None:
     model = Path(os.environ.get("OPENCLOC_YOLOX", Path(__file__).parents[3] / "shared" / "models" / "yolox_nano.onnx"))
     if not model.is_file():
         pytest.skip(f"no YOLOX model at {model} (set OPENCLOC_YOLOX)")
-    detector = load_detector(f"examples.yolox_detector:factory?model={model}")
+    detector = load_detector(f"{example.__file__}:make_detector?model={model}")
     source = Coco(str(photos / "coco740"), CocoConfig(split="test"))
     found = total = 0
     for index in range(12):

@@ -134,6 +134,15 @@ def test_a_box_over_the_border_is_clipped_before_its_area_is_judged() -> None:
     np.testing.assert_allclose(kept.boxes, [[0, 0.2, 0.1, 1]])
 
 
+def test_texts_of_the_detector_stay_with_their_boxes() -> None:
+    found = dataclasses.replace(
+        detected([(0, 0, 0.3, 0.3), (0.5, 0.5, 0.9, 0.9)], [0.5, 0.9], [1, 0]), texts=np.array(["one", "other"])
+    )
+    kept, _ = filter_detections(found, PHRASES, FilterConfig())
+    assert kept.texts is not None
+    assert kept.texts.tolist() == ["other", "one"]
+
+
 def test_nested_boxes_of_different_phrases_both_stay() -> None:
     found = detected([(0, 0, 0.9, 0.9), (0.1, 0.1, 0.3, 0.3)], [0.5, 0.9], [0, 1])
     kept, dropped = filter_detections(found, PHRASES, FilterConfig())

@@ -8,6 +8,7 @@ import json
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -18,10 +19,11 @@ from opencloc.config import from_json, to_json
 from opencloc.data.sample import Sample
 from opencloc.data.scenes.scenes import SceneConfig, write_scenes
 from opencloc.data.sidecar import read_sidecar, sidecar_path, stats_path
+from opencloc.data.sources.folder import ImageFolder
 from opencloc.data.sources.spec import open_source
 from opencloc.data.tars.shards import expand_urls, iter_shard
 from opencloc.vesl import engine as engine_module
-from opencloc.vesl.caption import CaptionConfig
+from opencloc.vesl.captioners import CaptionConfig
 from opencloc.vesl.config import LabelConfig, config_hash, write_manifests
 from opencloc.vesl.detect import Detections, no_detections
 from opencloc.vesl.engine import ModelFailure
@@ -43,8 +45,12 @@ def scenes(tmp_path_factory) -> str:
 
 
 def configure(scenes: str, output: Path, **changes) -> LabelConfig:
-    detector = changes.pop("detector", f"oracle:factory?shards={scenes}")
-    return LabelConfig(**{"data": (scenes,), "output": str(output), "detector": detector, **changes})
+    return LabelConfig(**{"data": (scenes,), "out": str(output), "detector": oracle_of(scenes), **changes})
+
+
+def oracle_of(scenes: str, **options: object) -> str:
+    query = "&".join(f"{name}={value}" for name, value in {"shards": scenes, **options}.items())
+    return f"{oracle.__file__}:factory?{query}"
 
 
 def label_all(config: LabelConfig, **options):
@@ -132,15 +138,14 @@ def test_the_batch_size_changes_nothing(scenes: str, tmp_path: Path, batch_size:
 
 def test_a_detector_error_on_one_image_costs_only_that_image(scenes: str, tmp_path: Path) -> None:
     bad = samples_of(scenes)[1].key
-    config = configure(scenes, tmp_path, detector=f"oracle:factory?shards={scenes}&fail={bad}")
+    config = configure(scenes, tmp_path, detector=oracle_of(scenes, fail=bad))
     shard = find_shards(config)[0]
     report = label_shard(config, shard)
     rows = read_sidecar(shard.sidecar)
     assert rows[bad].error == f"detector failed (RuntimeError): cannot look at {bad}"
     assert all(row.texts for key, row in rows.items() if key != bad)
-    assert report.failed["detector failed (RuntimeError)"].examples == [bad]
-    detector = load_engine(config).detector
-    assert isinstance(detector, oracle.Oracle)
+    assert report.skipped["detector failed (RuntimeError)"].examples == [bad]
+    detector: Any = load_engine(config).detector
     assert [len(batch) for batch in detector.batches] == [4, 1, 1, 1, 1]  # after the batch failed, one by one
 
 
@@ -148,7 +153,7 @@ def test_a_detector_that_fails_on_everything_gives_up_the_shard_and_writes_nothi
     scenes: str, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(engine_module, "MAX_FAILURES_IN_A_ROW", 3)
-    config = configure(scenes, tmp_path, detector="oracle:always_failing")
+    config = configure(scenes, tmp_path, detector=f"{oracle.__file__}:always_failing")
     with pytest.raises(ModelFailure, match="failed on 3 images in a row, last with RuntimeError: CUDA error"):
         label_all(config)
     assert not list(tmp_path.iterdir())
@@ -163,7 +168,7 @@ def test_a_users_detector_that_answers_for_too_few_images_is_asked_one_by_one(sc
         return [no_detections()]
 
     engine = dataclasses.replace(load_engine(config), detector=detector, batch_size=4)
-    assert not label_shard(config, find_shards(config)[0], engine=engine).failed
+    assert not label_shard(config, find_shards(config)[0], engine=engine).skipped
     assert batches == [4, 1, 1, 1, 1]
 
 
@@ -181,7 +186,7 @@ def test_a_users_detector_that_breaks_the_protocol_is_an_error_in_the_rows(scene
     config = configure(scenes, tmp_path)
     engine = dataclasses.replace(load_engine(config), detector=lambda images, phrases: [answer] * len(images))
     shard = find_shards(config)[0]
-    assert sum(one.count for one in label_shard(config, shard, engine=engine).failed.values()) == 4
+    assert sum(one.count for one in label_shard(config, shard, engine=engine).skipped.values()) == 4
     assert all((row.error or "").startswith(error) for row in read_sidecar(shard.sidecar).values())
 
 
@@ -203,6 +208,8 @@ def test_whatever_is_broken_in_a_tar_is_in_its_row_or_counted_and_the_rest_is_la
             "silent.png": png(1),
             "wordless.png": png(2),
             "wordless.txt": b"it is what it is",
+            "spanish.png": png(5),
+            "spanish.txt": b"un perro en la hierba",
             "badjson.png": png(3),
             "badjson.json": b"{",
             "imageless.txt": caption,
@@ -216,22 +223,21 @@ def test_whatever_is_broken_in_a_tar_is_in_its_row_or_counted_and_the_rest_is_la
     report = label_shard(config, find_shards(config)[0])
     rows = labels(config)
     # The tar has no end, so its last sample may be incomplete and is left out.
-    assert list(rows) == ["a", "broken", "silent", "wordless", "badjson", "imageless"]
+    assert list(rows) == ["a", "broken", "silent", "wordless", "spanish", "badjson", "imageless"]
     errors = {key: row.error.partition(": ")[0] for key, row in rows.items() if row.error}
     assert errors == {
         "broken": "broken image",
         "silent": "no caption",
+        "spanish": "not English",
         "badjson": "bad json",
         "imageless": "no image",
     }
     assert set(rows["a"].texts) <= set(good.texts)
     assert rows["a"].texts
     assert rows["wordless"].texts == ()
-    assert {reason: one.examples for reason, one in report.failed.items()} == {
-        reason: [key] for key, reason in errors.items()
-    }
-    assert {reason: one.count for reason, one in report.problems.items()} == {"duplicate key": 1, "truncated tar": 1}
-    assert (report.images, report.regions) == (6, len(rows["a"].texts))
+    expected = dict.fromkeys([*errors.values(), "duplicate key", "truncated tar"], 1)
+    assert {reason: one.count for reason, one in report.skipped.items()} == expected
+    assert (report.images, report.labelled, report.regions) == (7, 2, len(rows["a"].texts))
     assert report.images_without_phrases == 1
 
 
@@ -239,7 +245,7 @@ def test_what_is_no_tar_is_reported_and_finished(scenes: str, tmp_path: Path) ->
     (tmp_path / "x.tar").write_bytes(b"not a tar" * 100)
     config = configure(scenes, tmp_path, data=(str(tmp_path / "x.tar"),))
     report = label_shard(config, find_shards(config)[0])
-    assert list(report.problems) == ["not a tar"]
+    assert list(report.skipped) == ["not a tar"]
     assert labels(config) == {}
 
 
@@ -255,20 +261,17 @@ def test_retry_redoes_only_the_rows_with_an_error_and_gives_what_an_untroubled_r
     bad = samples_of(scenes)[2].key
     marks = tmp_path / "marks"
     marks.mkdir()
-    config = configure(
-        scenes, tmp_path / "a", detector=f"oracle:factory?shards={scenes}&fail={bad}&once={marks}", batch_size=1
-    )
+    config = configure(scenes, tmp_path / "a", detector=oracle_of(scenes, fail=bad, once=marks), batch_size=1)
     shard = find_shards(config)[0]
-    detector = load_engine(config).detector
-    assert isinstance(detector, oracle.Oracle)
-    assert label_shard(config, shard).failed
+    detector: Any = load_engine(config).detector
+    assert label_shard(config, shard).skipped
     detector.batches.clear()
     report = label_shard(config, shard, retry=True)
     assert detector.batches == [[bad]]
     untroubled = configure(scenes, tmp_path / "b")
     expected = label_shard(untroubled, find_shards(untroubled)[0])
-    assert not report.failed
-    for name in ("images", "regions", "phrases", "dropped", "images_without_phrases"):
+    assert not report.skipped
+    for name in ("images", "labelled", "regions", "phrases", "dropped", "images_without_phrases"):
         assert getattr(report, name) == getattr(expected, name)
     assert Path(shard.sidecar).read_bytes() == Path(expected.sidecar).read_bytes()
 
@@ -286,29 +289,28 @@ def test_retry_labels_what_a_repaired_tar_has_gained(scenes: str, tmp_path: Path
     assert label_shard(config, shard).images == 1
     write_tar(tmp_path / "x.tar", members)
     report = label_shard(config, shard, retry=True)
-    assert (report.images, report.problems) == (2, {})
+    assert (report.images, report.skipped) == (2, {})
 
 
 # Kinds of input
 
 
-def test_an_image_folder_is_labelled_in_parts_beside_it(scenes: str, tmp_path: Path) -> None:
+def test_an_image_folder_is_labelled_in_parts_in_it(scenes: str, tmp_path: Path) -> None:
     folder, samples = tmp_path / "photos", samples_of(scenes)[:5]
     (folder / "sub").mkdir(parents=True)
     for i, sample in enumerate(samples):
         sample.image.save(folder / "sub" / f"{i}.png")
         (folder / "sub" / f"{i}.txt").write_text(sample.captions[0])
     (folder / "sub" / "2.png").write_bytes(b"broken")
-    config = LabelConfig(
-        data=(str(folder),), detector=f"oracle:factory?shards={scenes}", shard_size=2, phrases="n-grams"
-    )
+    config = LabelConfig(data=(str(folder),), detector=oracle_of(scenes), shard_size=2, phrases="n-grams")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     label_all(config)
-    assert sorted(path.name for path in tmp_path.glob("*.parquet")) == [
-        f"photos-0000{i}.vesl.parquet" for i in range(3)
-    ]
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+    assert sorted(path.name for path in folder.glob("*.parquet")) == [f"photos-0000{i}.vesl.parquet" for i in range(3)]
+    assert {path: path.read_bytes() for path in before} == before
     source = open_source(f"folder:{folder}?sidecar=vesl")
+    assert isinstance(source, ImageFolder)
+    assert not source.skipped
     for i in (0, 1, 3, 4):
         assert as_regions(source[i].boxes, source[i].texts) == as_regions(samples[i].boxes, samples[i].texts)
     assert labels(config)["sub/2"].error.startswith("broken image")
@@ -338,9 +340,7 @@ def test_tars_at_an_fsspec_url_are_labelled_beside_themselves(scenes: str) -> No
     memory = fsspec.filesystem("memory")
     for url in expand_urls(scenes):
         memory.pipe_file(f"/bucket/{Path(url).name}", Path(url).read_bytes())
-    config = LabelConfig(
-        data=("memory://bucket/{00000..00002}.tar",), detector=f"oracle:factory?shards={scenes}", phrases="n-grams"
-    )
+    config = LabelConfig(data=("memory://bucket/{00000..00002}.tar",), detector=oracle_of(scenes), phrases="n-grams")
     label_all(config)
     found = read_sidecar("memory://bucket/00001.vesl.parquet")
     samples = samples_of(scenes)[4:8]
@@ -372,14 +372,14 @@ def test_a_checkpoint_labels_a_shard(scenes: str, tmp_path: Path, save) -> None:
         tmp_path,
         detector=str(path),
         resolution=96,
-        dtype="fp32",
+        precision="fp32",
         device="cpu",
         filters=FilterConfig(score=0.01),
     )
     shard = find_shards(config)[0]
     report = label_shard(config, shard)
     rows = read_sidecar(shard.sidecar)
-    assert not report.failed
+    assert not report.skipped
     assert report.models["detector"] == f"{path}, 96 px, fp32"
     for row in rows.values():
         assert row.caption is not None
@@ -427,7 +427,7 @@ def test_a_value_out_of_range_is_refused_by_name(scenes: str, tmp_path: Path, ch
         ({"filters": FilterConfig(score=0.2)}, False),
         ({"phrases": "n-grams"}, False),
         ({"captions": CaptionConfig(prompt="What?")}, False),
-        ({"dtype": "fp32"}, False),
+        ({"precision": "fp32"}, False),
     ],
 )
 def test_only_what_decides_the_labels_is_hashed(scenes: str, tmp_path: Path, change: dict, same: bool) -> None:
@@ -450,11 +450,38 @@ def test_the_manifest_refuses_labels_of_another_recipe_and_says_what_differs(sce
     assert from_json(LabelConfig, json.dumps(manifest["config"]), "manifest") == config
     assert set(manifest["versions"]) >= {"opencloc", "torch", "transformers"}
     write_manifests(configure(scenes, tmp_path, batch_size=2), [str(tmp_path)])
-    write_manifests(configure(scenes, tmp_path, name="other", dtype="fp32"), [str(tmp_path)])
+    write_manifests(configure(scenes, tmp_path, name="other", precision="fp32"), [str(tmp_path)])
     with pytest.raises(ValueError, match=r"another configuration") as caught:
-        write_manifests(configure(scenes, tmp_path, filters=FilterConfig(score=0.3), dtype="fp32"), [str(tmp_path)])
-    assert "dtype: 'auto' there, 'fp32' now" in str(caught.value)
+        write_manifests(configure(scenes, tmp_path, filters=FilterConfig(score=0.3), precision="fp32"), [str(tmp_path)])
+    assert "precision: 'auto' there, 'fp32' now" in str(caught.value)
     assert "filters.score: 0.1 there, 0.3 now" in str(caught.value)
+
+
+def test_no_password_or_key_of_an_address_is_written_down(scenes: str, tmp_path: Path) -> None:
+    config = configure(
+        scenes,
+        tmp_path,
+        data=("https://user:PASSWORD@host/0.tar?X-Amz-Signature=PASSWORD",),
+        detector=oracle_of(scenes, api_key="PASSWORD"),
+    )
+    write_manifests(config, [str(tmp_path)])
+    assert "PASSWORD" not in (tmp_path / "vesl_manifest.json").read_text()
+    assert "PASSWORD" not in Shard(source=config.data[0], sidecar="x").label
+
+
+def test_a_caption_or_key_that_cannot_be_written_is_counted(scenes: str, tmp_path: Path, monkeypatch) -> None:
+    config = configure(scenes, tmp_path)
+    captions = iter(["a dog \ud800", "a dog", "a cat", "a tree"])
+
+    class Captioner:
+        model_id = "broken"
+
+        def caption(self, samples):
+            return [next(captions) for _ in samples]
+
+    engine = dataclasses.replace(load_engine(config), captioner=Captioner())
+    report = label_shard(config, find_shards(config)[0], engine=engine)
+    assert {reason: one.count for reason, one in report.skipped.items()} == {"not Unicode": 1}
 
 
 def test_the_stats_of_a_shard_say_how_it_was_made(scenes: str, tmp_path: Path) -> None:

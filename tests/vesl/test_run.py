@@ -9,25 +9,22 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
-from io import StringIO
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from opencloc.config import to_json
+from opencloc.cli import main
 from opencloc.data.scenes.scenes import SceneConfig, write_scenes
 from opencloc.data.sidecar import read_sidecar
 from opencloc.vesl import run as run_module
 from opencloc.vesl.config import LabelConfig
 from opencloc.vesl.label import Shard, ShardReport, find_shards
-from opencloc.vesl.run import RunConfig, run_label
-from opencloc.vesl.run_report import RunReport, format_report
+from opencloc.vesl.run import RunConfig, RunReport, format_report, run_label
 from opencloc.vesl.workers import Outcome
 
-sys.path.insert(0, str(Path(__file__).parent))  # the oracle lies beside this file
-
+ORACLE = Path(__file__).with_name("oracle.py")
 SHARDS = 4
 
 
@@ -41,19 +38,15 @@ def scenes(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def undisturbed(scenes: str, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    report = run_label(configure(scenes, folder), console=quiet())
+    report = run_label(configure(scenes, folder))
     assert report.complete
     return folder
 
 
 def configure(scenes: str, output: Path, batch_size: int = 2, **options: str) -> LabelConfig:
     query = "&".join(f"{name}={value}" for name, value in {"shards": scenes, **options}.items())
-    detector = f"oracle:factory?{query}"
-    return LabelConfig(data=(scenes,), output=str(output), detector=detector, phrases="n-grams", batch_size=batch_size)
-
-
-def quiet() -> Console:
-    return Console(file=StringIO())
+    detector = f"{ORACLE}:factory?{query}"
+    return LabelConfig(data=(scenes,), out=str(output), detector=detector, phrases="n-grams", batch_size=batch_size)
 
 
 def key(number: int) -> str:
@@ -76,47 +69,54 @@ def assert_no_half_files(folder: Path) -> None:
         assert path.with_name(path.name.replace("_stats.json", ".parquet")).exists()
 
 
-def test_a_second_run_skips_what_is_finished_and_redoes_what_is_not(scenes: str, tmp_path: Path, undisturbed) -> None:
+def test_a_second_run_says_what_is_finished_and_redoes_what_is_not(
+    scenes: str, tmp_path: Path, undisturbed, capsys
+) -> None:
     config = configure(scenes, tmp_path)
-    run_label(config, console=quiet())
+    run_label(config)
     (tmp_path / "00001.vesl_stats.json").unlink()  # as if killed between the two files of a shard
     (tmp_path / "00002.vesl.parquet").unlink()
-    for name in (".00001.vesl.parquet.123.tmp", ".00001.vesl_stats.json.9.tmp", ".other.tmp"):
+    leftovers = ("00001.vesl.parquet", "00001.vesl_stats.json", "vesl_manifest.json", "other")
+    for name in (f".{name}.123.partial" for name in leftovers):
         (tmp_path / name).write_bytes(b"half")
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("0000[03]*")}
-    report = run_label(config, console=quiet())
+    report = run_label(config)
     assert (report.finished_before, len(report.reports)) == (2, 2)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("0000[03]*")} == kept
-    assert [path.name for path in tmp_path.glob(".*")] == [".other.tmp"]
+    assert [path.name for path in tmp_path.glob(".*")] == [".other.123.partial"]
+    assert f"resuming: 2 of 4 shards are finished, the next is {scenes}/00001.tar" in capsys.readouterr().err
     assert_same_labels(tmp_path, undisturbed)
 
 
 def test_a_finished_run_does_nothing_and_loads_no_model(scenes: str, tmp_path: Path) -> None:
-    run_label(configure(scenes, tmp_path), console=quiet())
-    report = run_label(configure(scenes, tmp_path), console=quiet())
+    run_label(configure(scenes, tmp_path))
+    report = run_label(configure(scenes, tmp_path))
     assert report.finished_before == SHARDS
     assert report.complete
     assert not report.reports
 
 
 def test_labels_of_another_configuration_are_not_mixed(scenes: str, tmp_path: Path) -> None:
-    run_label(configure(scenes, tmp_path), console=quiet())
+    run_label(configure(scenes, tmp_path))
     with pytest.raises(ValueError, match="made with another configuration"):
-        run_label(configure(scenes, tmp_path, slow="0.001"), console=quiet())
+        run_label(configure(scenes, tmp_path, score="0.5"))
     (tmp_path / "vesl_manifest.json").unlink()
     with pytest.raises(ValueError, match=r"vesl_manifest.json is missing, but labels 'vesl' lie beside it"):
-        run_label(configure(scenes, tmp_path), console=quiet())
+        run_label(configure(scenes, tmp_path))
 
 
 def test_an_interrupted_run_is_reported_and_goes_on_where_it_was(scenes: str, tmp_path: Path, undisturbed) -> None:
     marks = tmp_path / "marks"
     marks.mkdir()
     config = configure(scenes, tmp_path, interrupt=key(9), once=str(marks))
-    report = run_label(config, console=quiet())
+    report = run_label(config)
     assert (report.stopped, len(report.reports), report.not_started) == ("interrupted", 2, 2)
-    assert "2 shards are left" in format_report(report)
-    assert "same command again" in format_report(report)
-    again = run_label(config, console=quiet())
+    summary = format_report(report)
+    assert summary.splitlines()[0] == str(tmp_path)
+    assert "8 images labelled" in summary
+    assert "2 shards left" in summary
+    assert "same command again" in summary
+    again = run_label(config)
     assert (again.finished_before, len(again.reports), again.complete) == (2, 2, True)
     assert_same_labels(tmp_path, undisturbed)
 
@@ -126,24 +126,41 @@ def test_retry_failed_redoes_only_shards_with_failures(scenes: str, tmp_path: Pa
     marks.mkdir()
     # Alone in its batch, so that the oracle's one failure isn't made good by asking for the image alone.
     config = configure(scenes, tmp_path, batch_size=1, fail=f"{key(1)},{key(14)}", once=str(marks))
-    first = run_label(config, console=quiet())
+    first = run_label(config)
     assert first.complete
-    assert first.failed == 2
-    assert "2 detector failed (RuntimeError), for example" in format_report(first)
+    assert first.skipped()["detector failed (RuntimeError)"].count == 2
+    assert "14 images labelled" in format_report(first)
+    assert "skipped: 2 detector failed (RuntimeError), for example" in format_report(first)
     assert "--retry-failed" in format_report(first)
-    untouched = run_label(config, console=quiet())
+    untouched = run_label(config)
     assert untouched.finished_before == SHARDS
-    report = run_label(config, RunConfig(retry_failed=True), console=quiet())
-    assert (report.finished_before, len(report.reports), report.images, report.failed) == (2, 2, 2, 0)
+    report = run_label(config, RunConfig(retry_failed=True))
+    assert (report.finished_before, len(report.reports), report.skipped()) == (2, 2, {})
     assert_same_labels(tmp_path, undisturbed)
 
 
-def test_models_that_cannot_be_loaded_stop_the_run_at_once(scenes: str, tmp_path: Path) -> None:
-    config = LabelConfig(data=(scenes,), output=str(tmp_path), detector="oracle:broken")
-    report = run_label(config, console=quiet())
-    assert report.stopped == "RuntimeError: no such weights"
-    assert report.not_started == SHARDS
-    assert not report.complete
+def test_without_a_detector_the_command_says_what_to_give(scenes: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["label", "--data", scenes])
+    assert "google/owlv2" in capsys.readouterr().err
+
+
+def test_an_address_with_a_password_does_not_reach_the_console(scenes: str, tmp_path: Path, capsys) -> None:
+    url = "https://user:PASSWORD@host.invalid/v1?api_key=PASSWORD"
+    for option in ("--captions.captioner", "--data"):
+        arguments = ["label", "--detector", f"{ORACLE}:broken", "--out", str(tmp_path), "--data", scenes, option, url]
+        with contextlib.suppress(SystemExit):
+            assert main(arguments) == 1
+    said = capsys.readouterr()
+    assert "PASSWORD" not in said.out + said.err
+
+
+def test_models_that_cannot_be_loaded_stop_the_run_and_leave_nothing(scenes: str, tmp_path: Path) -> None:
+    broken = LabelConfig(data=(scenes,), out=str(tmp_path), detector=f"{ORACLE}:broken")
+    with pytest.raises(ValueError, match="RuntimeError: no such weights"):
+        run_label(broken)
+    assert not list(tmp_path.iterdir())
+    assert run_label(configure(scenes, tmp_path)).complete  # the corrected command
 
 
 class FakeWorkers:
@@ -178,11 +195,11 @@ def finished(shard: Shard) -> ShardReport:
         sidecar=shard.sidecar,
         config_hash="",
         images=1,
+        labelled=1,
         regions=1,
         phrases=1,
         images_without_phrases=0,
-        failed={},
-        problems={},
+        skipped={},
         dropped={},
         seconds={},
         models={},
@@ -196,8 +213,8 @@ def drive(plan: dict[str, list[str | None]], monkeypatch, tmp_path: Path) -> tup
     workers = FakeWorkers(plan)
     monkeypatch.setattr(run_module, "find_shards", lambda config: shards)
     monkeypatch.setattr(run_module, "_workers", lambda *_: workers)
-    config = LabelConfig(data=("unused",), output=str(tmp_path))
-    return run_label(config, RunConfig(max_attempts=3), console=quiet()), workers.order
+    config = LabelConfig(data=("unused",), out=str(tmp_path), detector="unused")
+    return run_label(config, RunConfig(max_attempts=3)), workers.order
 
 
 def test_a_failed_shard_is_tried_again_after_the_others_a_bounded_number_of_times(monkeypatch, tmp_path) -> None:
@@ -219,60 +236,81 @@ def test_a_run_in_which_nothing_succeeds_any_more_stops(monkeypatch, tmp_path: P
     assert report.not_started == 20
 
 
-def test_two_local_workers_give_what_one_process_gives_though_one_is_killed(scenes, tmp_path, undisturbed) -> None:
+def test_two_local_workers_give_what_one_process_gives_though_one_is_killed(
+    scenes, tmp_path, undisturbed, capfd
+) -> None:
     marks = tmp_path / "marks"
     marks.mkdir()
-    console = quiet()
     config = configure(scenes, tmp_path, die=key(5), once=str(marks))
-    report = run_label(config, RunConfig(workers=2), console=console)
+    report = run_label(config, RunConfig(workers=2))
     assert report.complete
     assert len(report.reports) == SHARDS
-    assert "killed by SIGKILL, perhaps for want of memory" in console.file.getvalue()  # pyright: ignore
+    said = capfd.readouterr().err
+    assert "killed by SIGKILL, perhaps for want of memory" in said
     assert_same_labels(tmp_path, undisturbed)
 
 
 def test_a_local_ray_cluster_gives_what_one_process_gives_though_an_actor_is_killed(
-    scenes, tmp_path, undisturbed, monkeypatch
+    scenes, tmp_path, undisturbed, monkeypatch, capsys
 ) -> None:
     pytest.importorskip("ray", reason="needs the extra `ray`")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     marks = tmp_path / "marks"
     marks.mkdir()
-    console = quiet()
     config = configure(scenes, tmp_path, die=key(5), once=str(marks))
-    report = run_label(config, RunConfig(ray="local", workers=2), console=console)
+    report = run_label(config, RunConfig(ray="local", workers=2))
     assert report.complete
     assert len(report.reports) == SHARDS
     assert report.images == 4 * SHARDS
-    assert "the Ray worker died" in console.file.getvalue()  # pyright: ignore
+    assert "the Ray worker died" in capsys.readouterr().err
     assert_same_labels(tmp_path, undisturbed)
 
 
-SCRIPT = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from opencloc.config import from_json
-from opencloc.vesl.config import LabelConfig
-from opencloc.vesl.run import RunConfig, run_label
-sys.exit(run_label(from_json(LabelConfig, sys.argv[2], "argument"), RunConfig(workers=int(sys.argv[3]))).exit_code)
-"""
+class FakeRay(types.ModuleType):
+    """A Ray whose start fails a number of times, as on a machine that is too busy for it."""
+
+    def __init__(self, failures: int) -> None:
+        super().__init__("ray")
+        self.failures, self.starts, self.stops = failures, 0, 0
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def init(self, **_: object) -> None:
+        self.starts += 1
+        if self.starts <= self.failures:
+            raise Exception("The current node timed out during startup.\nA long story.")
+
+    def shutdown(self) -> None:
+        self.stops += 1
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 0.0}
+
+
+@pytest.mark.parametrize(("failures", "message"), [(1, "has no room"), (2, "timed out during startup.  On one")])
+def test_ray_gets_a_second_try_and_then_one_sentence(
+    scenes, tmp_path, monkeypatch, failures: int, message: str
+) -> None:
+    ray = FakeRay(failures)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(ValueError, match=message) as caught:
+        run_label(configure(scenes, tmp_path), RunConfig(ray="local"))
+    assert "\n" not in str(caught.value)
+    assert ray.starts == ray.stops == 2
 
 
 def start(config: LabelConfig, workers: int) -> subprocess.Popen:
-    """A run in a process of its own."""
-    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), to_json(config), str(workers)]
+    """A run in a process of its own, as from the command line."""
+    arguments = ["--data", *config.data, "--out", str(config.out), "--detector", config.detector]
+    arguments += ["--phrases", config.phrases, "--batch-size", str(config.batch_size), "--workers", str(workers)]
+    command = [sys.executable, "-m", "opencloc.cli", "label", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for_files(process: subprocess.Popen, folder: Path, pattern: str, count: int) -> None:
-    """Waits until there are `count` such files or the process has ended."""
-    wait_until(lambda: len(list(folder.glob(pattern))) >= count or process.poll() is not None)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 300  # a safeguard against hanging, far beyond what it takes
-    while not condition():
-        assert time.monotonic() < deadline
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen | None = None) -> None:
+    """Waits as long as it takes, or until the process has ended."""
+    while not condition() and (process is None or process.poll() is None):
         time.sleep(0.002)
 
 
@@ -280,21 +318,24 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def test_kill_9_leaves_no_half_file_and_the_next_run_ends_as_if_undisturbed(
     scenes, tmp_path, undisturbed, workers: int, kill_after: tuple[int, ...]
 ) -> None:
-    config = configure(scenes, tmp_path, slow="0.1")
+    out, hold, held = tmp_path / "out", tmp_path / "hold.key", tmp_path / "hold.held"
+    config = configure(scenes, out, hold=str(hold))
     for finished in kill_after:  # shards
+        hold.write_text(key(4 * finished))
+        held.unlink(missing_ok=True)
         with start(config, workers) as process:
-            wait_for_files(process, tmp_path, "*_stats.json", finished)
-            time.sleep(0.05 * finished)
+            wait_until(lambda n=finished: held.exists() and len(list(out.glob("*_stats.json"))) >= n, process)
             children = children_of(process.pid)
             process.send_signal(signal.SIGKILL)
+            hold.unlink()
             process.communicate()
         for child in children:  # workers end by themselves once their parent is gone
             wait_until(lambda pid=child: not alive(pid))
-        assert_no_half_files(tmp_path)
-    report = run_label(config, console=quiet())
+        assert_no_half_files(out)
+    report = run_label(config)
     assert report.complete
     assert report.finished_before >= kill_after[-1]
-    assert_same_labels(tmp_path, undisturbed)
+    assert_same_labels(out, undisturbed)
 
 
 def children_of(pid: int) -> list[int]:
@@ -309,16 +350,27 @@ def alive(pid: int) -> bool:
     return False
 
 
-def test_ctrl_c_ends_a_run_with_workers_in_order(scenes, tmp_path, undisturbed) -> None:
-    config = configure(scenes, tmp_path, slow="1")
-    with start(config, 1) as process:
-        wait_for_files(process, tmp_path, "*_stats.json", 1)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_ends_a_run_in_order(scenes, tmp_path, undisturbed, workers: int) -> None:
+    out, hold = tmp_path / "out", tmp_path / "hold.key"
+    hold.write_text(key(8))
+    with start(configure(scenes, out, hold=str(hold)), workers) as process:
+        wait_until((tmp_path / "hold.held").exists, process)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate()
     assert process.returncode == 130, output
     assert "Stopped: interrupted." in output
     assert "Traceback" not in output
-    assert_no_half_files(tmp_path)
+    assert "leaked" not in output
+    assert_no_half_files(out)
+
+
+def test_workers_leave_nothing_behind(scenes, tmp_path, undisturbed) -> None:
+    with start(configure(scenes, tmp_path), 2) as process:
+        output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert "leaked" not in output
+    assert_same_labels(tmp_path, undisturbed)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 Owns the file format, its place and its checks.  `00000.tar` has its labels of the name `vesl` in
 `00000.vesl.parquet`, with the figures of the run that made them in `00000.vesl_stats.json`; several names may lie side
-by side.  Images are never touched.  An image folder or a COCO JSON has one such file too (or numbered parts of it).
+by side.  Images are never touched.  A COCO JSON has one such file beside it, and an image folder one in it (or numbered
+parts of it).
 
 | column  | type                 | meaning |
 |---------|----------------------|---------|
@@ -95,9 +96,11 @@ def sidecar_path(location: str, name: str, part: int | None = None) -> str:
     >>> sidecar_path("/data/00000.tar", "/labels/vesl")
     '/labels/00000.vesl.parquet'
     >>> sidecar_path("/data/photos/", "vesl", part=3)
-    '/data/photos-00003.vesl.parquet'
+    '/data/photos/photos-00003.vesl.parquet'
     """
     stem = location.rstrip("/")
+    if not stem.endswith((".tar", ".json")):
+        stem = f"{stem}/{os.path.basename(stem) or 'images'}"
     for suffix in (".tar", ".json"):
         stem = stem.removesuffix(suffix)
     folder, name = os.path.split(name)
@@ -106,6 +109,11 @@ def sidecar_path(location: str, name: str, part: int | None = None) -> str:
     if folder:
         stem = f"{folder}/{os.path.basename(stem)}"
     return f"{stem}{'' if part is None else f'-{part:05d}'}.{name}.parquet"
+
+
+def is_label_file(name: str) -> bool:
+    """Whether a file of this name belongs to labels: a sidecar, its stats or its manifest."""
+    return name.endswith((".parquet", "_stats.json", "_manifest.json"))
 
 
 def stats_path(path: str) -> str:

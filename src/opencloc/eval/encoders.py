@@ -7,16 +7,14 @@ Three ways to embed a region, so that any CLIP-like checkpoint can be scored wit
 * `RoiEncoder`: RoIAlign over the patch tokens, each pushed through the tower's own pooling into the joint space.
 
 By default images and crops are letterboxed alike for every encoder, so that all see the same pixels; a checkpoint that
-was trained on squashed or centre-cropped images can be shown those instead (`View`), as its own paper scored it.  This
-file owns the move of boxes from the image to the square that the model sees and back; it knows nothing of tasks or
-scores.
+was trained on squashed or centre-cropped images can be shown those instead (`View`), as its own paper scored it.  Boxes
+are moved here from the image to the square that the model sees, and back.
 
 Symbols: B images, P boxes or texts of one image, C texts, E width of the joint embedding.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -33,6 +31,7 @@ from torch.nn import functional as F
 from opencloc.boxes import Letterbox
 from opencloc.images import crop
 from opencloc.model.cloc import ClocModel, ImageFeatures
+from opencloc.model.loading import load_config, load_model, load_processor
 from opencloc.model.processor import ClocProcessor
 from opencloc.model.roi import roi_align
 
@@ -182,15 +181,27 @@ def load_encoder(
     device: str | torch.device = "cpu",
     view: View = "letterbox",
 ) -> Encoder:
-    """The encoder in a folder: a CLOC checkpoint, or a CLIP, SigLIP or SigLIP 2 one in transformers' format.
+    """The encoder in a folder (or of a hub id): a CLOC checkpoint, or a CLIP, SigLIP or SigLIP 2 one of transformers.
 
-    `regions` says how boxes are embedded; `prompter` needs a CLOC checkpoint.  `view` says how an image (or crop)
-    becomes the square that the model sees: `letterbox`; `squash`, both sides resized, as SigLIP does; `centre`, the
-    short side resized and the middle taken, as CLIP does, which regions can't be pooled from.  The name defaults to the
-    folder's and the way.  Nothing is fetched.  Raises ValueError for anything else, naming the folder and what is
-    possible.
+    `regions` says how boxes are embedded; `prompter` needs a CLOC checkpoint whose region part was trained.  `view`
+    says how an image (or crop) becomes the square that the model sees: `letterbox`; `squash`, both sides resized, as
+    SigLIP does; `centre`, the short side resized and the middle taken, as CLIP does, which regions can't be pooled
+    from.  The name defaults to the folder's and the way.  Raises ValueError for anything else, naming the folder and
+    what is possible, and as `model.loading` for what cannot be loaded.
     """
-    folder = Path(path)
+    config = check_regions(path, regions, view)
+    model: Any  # transformers' wrappers hide the types of `to` and `float`
+    if config.model_type == "cloc":
+        model, processor = load_model(ClocModel, path), load_processor(path, ClocProcessor)
+    else:
+        model, processor = ClocModel.from_clip(path), ClocProcessor.from_clip(path)
+    model.eval().float()  # checkpoints in half precision too: the run says what it computes in
+    encoder = {"prompter": ClocEncoder, "crop": CropEncoder, "roi": RoiEncoder}[regions]
+    return encoder(model.to(device), processor, name=name or f"{Path(path).resolve().name}, {regions}", view=view)
+
+
+def check_regions(path: str | Path, regions: RegionWay, view: View) -> Any:
+    """The checkpoint's configuration, if regions can be embedded in this way; raises as `load_encoder`."""
     for what, value, kind in (("regions", regions, RegionWay), ("view", view, View)):
         if value not in get_args(kind):
             raise ValueError(f"{what} is {value!r}, must be one of {', '.join(get_args(kind))}")
@@ -198,27 +209,28 @@ def load_encoder(
         raise ValueError(
             f"view='centre' hides what lies at the edges of an image: regions must be 'crop', not {regions!r}"
         )
-    kind = model_type(folder)
-    model: Any  # transformers' wrappers hide the types of `to` and `float`
-    if kind == "cloc":
-        model, processor = ClocModel.from_pretrained(folder), ClocProcessor.from_pretrained(folder)
-    elif regions == "prompter":
-        raise ValueError(
-            f"{folder} holds a {kind!r} model, which has no Prompter: choose regions='crop' or 'roi', "
-            "or give a CLOC checkpoint"
-        )
-    else:
-        model, processor = ClocModel.from_clip(folder), ClocProcessor.from_clip(folder)
-    model.eval().float()  # checkpoints in half precision too: the run says what it computes in
-    encoder = {"prompter": ClocEncoder, "crop": CropEncoder, "roi": RoiEncoder}[regions]
-    return encoder(model.to(device), processor, name=name or f"{folder.resolve().name}, {regions}", view=view)
+    config = load_config(path)
+    if regions == "prompter":
+        if config.model_type != "cloc":
+            raise ValueError(
+                f"{path} holds a {config.model_type!r} model, which has no Prompter: choose regions='crop' or 'roi', "
+                "or give a CLOC checkpoint"
+            )
+        if not _regions_trained(config):
+            raise ValueError(
+                f"{path}: its Prompter was never trained (region weight 0): choose regions='crop' or 'roi'"
+            )
+    return config
 
 
-def model_type(folder: Path) -> str | None:
-    """What a checkpoint's config.json says it is: `cloc`, `clip`, `siglip`, ...; raises ValueError if there is none."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no checkpoint folder: there is no config.json in it")
-    return json.loads((folder / "config.json").read_text()).get("model_type")
+def natural_way(path: str | Path) -> RegionWay:
+    """How a checkpoint embeds regions if nothing is said: by its Prompter where it has a trained one, else by crops."""
+    config = load_config(path)
+    return "prompter" if config.model_type == "cloc" and _regions_trained(config) else "crop"
+
+
+def _regions_trained(config: Any) -> bool:
+    return getattr(config, "regions_trained", True)
 
 
 def _see(

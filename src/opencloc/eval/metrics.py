@@ -1,160 +1,33 @@
-"""Scores from embeddings and boxes: recognition, retrieval and grounding, each with its denominators.
+"""Ranks and overlaps of queries, and scores with their denominators and 95 % intervals.
 
-Pure functions over tensors.  What is a region, a class or a caption is decided in `tasks.py`; nothing here knows of
-images, encoders or files.  Every score comes from a vector of outcomes, one per query (`class_ranks`,
-`best_hit_ranks`, `opencloc.boxes.iou`), so intervals can be drawn from the same outcomes.
+Pure functions over arrays: nothing here knows of images, encoders or files.  Ties count against the encoder: a rival
+that scores within `TIE` of the truth is ranked before it, and so is any rival when a score is not a number.
+Embeddings that are all equal therefore score 0, not 1.
 
-Ties always count against the encoder: a rival that scores within `TIE` of the truth is ranked before it, and so is
-any rival when a score is not a number.  Embeddings that are all equal therefore score 0, not 1.
-
-Symbols: R regions, C classes, Q queries, G gallery entries, P pairs, E width of the joint embedding.
+Symbols: R regions, C classes, Q queries, G gallery entries, P pairs, I images, E width of the joint embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from opencloc.boxes import iou
 
 TIE = 1e-6  # cosines this near are one value: float32 rounding differs with a row's place in a matrix product
 SCORES_AT_ONCE = 2**23  # entries of the score matrix held at a time
-
-# A box is small below 1 % of its image's area, medium below 10 %, else large.  COCO's 32 and 96 px mean nothing to an
-# encoder that resizes; of 14 x 14 patches, 1 % is about two and 10 % about twenty.
-SIZE_LIMITS = {"small": 0.01, "medium": 0.10, "large": float("inf")}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Accuracy:
-    """Share of boxes named right.  Scores are in [0, 1], NaN where there is no box."""
-
-    top1: float  # over boxes
-    macc: float  # mean over the classes present of each class's own share
-    boxes: int  # denominator of top1
-    classes_present: int  # denominator of macc: classes with at least one box
+DRAWS_AT_ONCE = 2**21  # entries of the table of draws held at a time
+SIZES = {"small": "area under 32²", "medium": "under 96²", "large": "from 96²"}
+_SIZE_LIMITS_PX = (32.0**2, 96.0**2)  # COCO's: areas of boxes in pixels of the image as annotated
 
 
-@dataclass(frozen=True, kw_only=True)
-class RegionRecognition:
-    """Naming given boxes among a list of class names."""
-
-    overall: Accuracy
-    by_size: dict[str, Accuracy]  # keys of SIZE_LIMITS
-    classes: int  # names to choose from; chance is 1 / classes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recall:
-    """Share of queries with a hit among the first 1, 5 and 10 of the gallery, in [0, 1]."""
-
-    r1: float
-    r5: float
-    r10: float
-    queries: int
-    gallery: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Retrieval:
-    """Retrieval between items (images or regions) and texts, both ways."""
-
-    to_text: Recall  # an item looks for any of its texts
-    from_text: Recall  # a text looks for any item it describes
-    distinct_texts: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grounding:
-    """Boxes found for texts."""
-
-    acc50: float  # share of queries with plain IoU >= 0.5
-    mean_iou: float
-    queries: int
-
-
-def region_recognition(
-    regions: Float[Tensor, "R E"],
-    classes: Float[Tensor, "C E"],
-    labels: Int[Tensor, " R"],
-    areas: Float[Tensor, " R"],
-) -> RegionRecognition:
-    """Top-1 and mean class accuracy of naming each region by the most similar class, overall and by box size.
-
-    Embeddings are L2-normalised; `labels` index the classes; `areas` are shares of the image (see SIZE_LIMITS).
-    Raises ValueError if there is no region.
-    """
-    if not len(regions):
-        raise ValueError("no regions to recognise")
-    correct = class_ranks(regions, classes, labels) == 1
-    by_size, lower = {}, 0.0
-    for size, upper in SIZE_LIMITS.items():
-        inside = (areas >= lower) & (areas < upper)
-        by_size[size] = accuracy(correct[inside], labels[inside])
-        lower = upper
-    return RegionRecognition(overall=accuracy(correct, labels), by_size=by_size, classes=len(classes))
-
-
-def accuracy(correct: Bool[Tensor, " R"], labels: Int[Tensor, " R"]) -> Accuracy:
-    """Share of `correct` over boxes and over the classes present."""
-    if not len(correct):
-        return Accuracy(top1=float("nan"), macc=float("nan"), boxes=0, classes_present=0)
-    boxes = torch.bincount(labels)
-    right = torch.bincount(labels[correct], minlength=len(boxes))
-    present = boxes > 0
-    return Accuracy(
-        top1=correct.double().mean().item(),
-        macc=(right[present].double() / boxes[present]).mean().item(),
-        boxes=len(correct),
-        classes_present=int(present.sum()),
-    )
-
-
-def retrieval(items: Float[Tensor, "N E"], texts: Float[Tensor, "U E"], pairs: Int[Tensor, "P 2"]) -> Retrieval:
-    """Recall at 1, 5 and 10 from items to texts and back, by cosine.
-
-    `texts` are distinct; `pairs` (item, text) say which text describes which item, one row for each time it does.
-    The gallery of `to_text` and the queries of `from_text` are the P texts as they occur: a text that occurs k times
-    takes k places when it is wrong and asks k times, and each of its occurrences is a hit for every item it describes.
-    So two regions both called "dog" never compete, and a rank is what it would be over the undeduplicated list.
-
-    Raises ValueError if an item or a text is in no pair.
-    """
-    for what, side, count in (("item", 0, len(items)), ("text", 1, len(texts))):
-        if not count or len(pairs[:, side].unique()) != count:
-            raise ValueError(f"every {what} needs a pair: {count} {what}s, {len(pairs[:, side].unique())} in pairs")
-    occurrences = torch.bincount(pairs[:, 1], minlength=len(texts))
-    return Retrieval(
-        to_text=_recall(
-            best_hit_ranks(items, texts, pairs, weights=occurrences),
-            asked=torch.ones(len(items), dtype=torch.long, device=pairs.device),
-            gallery=len(pairs),
-        ),
-        from_text=_recall(best_hit_ranks(texts, items, pairs.flip(1)), asked=occurrences, gallery=len(items)),
-        distinct_texts=len(texts),
-    )
-
-
-def grounding(predicted: Float[Tensor, "Q 4"], truth: Float[Tensor, "Q 4"]) -> Grounding:
-    """Share of predicted boxes with plain IoU >= 0.5 (not GIoU) and the mean IoU, boxes normalised to their images.
-
-    A predicted box that is empty or not a number has IoU 0.  Raises ValueError if there is no query.
-    """
-    if not len(truth):
-        raise ValueError("no grounding queries")
-    overlap = iou(predicted.double(), truth.double())
-    inverted = (predicted[:, 2:] <= predicted[:, :2]).any(1)
-    overlap = torch.where(inverted | overlap.isnan(), 0.0, overlap)
-    return Grounding(
-        # IoUs come from float32 boxes: exactly one half must count as one half.
-        acc50=(overlap >= 0.5 - TIE).double().mean().item(),
-        mean_iou=overlap.mean().item(),
-        queries=len(truth),
-    )
+# -- ranks and overlaps ------------------------------------------------------------------------------------------------
 
 
 def class_ranks(
@@ -193,6 +66,27 @@ def best_hit_ranks(
     return ranks
 
 
+def retrieval_ranks(
+    items: Float[Tensor, "N E"], texts: Float[Tensor, "U E"], pairs: Int[Tensor, "P 2"]
+) -> tuple[Int[Tensor, " N"], Int[Tensor, " P"]]:
+    """(rank of each item's best text, rank of the best item of each pair's text), by cosine.
+
+    `texts` are distinct; `pairs` (item, text) say which text describes which item, one row for each time it does.
+    Items look through the P texts as they occur: a text that occurs k times takes k places when it is wrong, and each
+    of its occurrences is a hit for every item it describes.  So two regions both called "dog" never compete.
+    """
+    occurrences = torch.bincount(pairs[:, 1], minlength=len(texts))
+    to_text = best_hit_ranks(items, texts, pairs, weights=occurrences)
+    return to_text, best_hit_ranks(texts, items, pairs.flip(1))[pairs[:, 1]]
+
+
+def overlaps(found: Tensor, truth: np.ndarray) -> np.ndarray:
+    """Plain IoU (not GIoU) of boxes, broadcasting; 0 where a found box is empty or not a number."""
+    overlap = iou(found.double(), torch.from_numpy(truth).double())
+    unsound = (found[..., 2:] <= found[..., :2]).any(-1)
+    return torch.where(unsound | overlap.isnan(), 0.0, overlap).numpy()
+
+
 def cosines(a: Float[Tensor, "A E"], b: Float[Tensor, "B E"]) -> Float[Tensor, "A B"]:
     """Products of every row with every row in float32, whatever autocast is on; cosines where rows are normalised."""
     with torch.autocast(a.device.type, enabled=False):
@@ -212,11 +106,147 @@ def _not_below(scores: Tensor, own: Tensor) -> Tensor:
     return ~(scores < own - TIE)
 
 
-def _recall(ranks: Tensor, *, asked: Tensor, gallery: int) -> Recall:
-    """Recall of ranks where query q was asked `asked[q]` times."""
-    queries = int(asked.sum())
+# -- scores with intervals ---------------------------------------------------------------------------------------------
 
-    def at(k: int) -> float:
-        return int(asked[ranks <= k].sum()) / queries
 
-    return Recall(r1=at(1), r5=at(5), r10=at(10), queries=queries, gallery=gallery)
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One score in [0, 1] with its 95 % interval, NaN where it has no denominator."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    count: int  # queries
+    of: str  # the denominator in words
+
+
+class Scorer:
+    """Makes the scores of one task from rows of queries, all with the same draws of images.
+
+    A score is a mean over cells of each cell's own mean: top-1 and recall have one cell, mean class accuracy has one
+    for each class.  Its interval is the middle 95 % of a bootstrap over whole images, since the queries of one image
+    (its regions, its captions) hang together.  Where all queries agree or come from one image, the draws say nothing:
+    a plain share then has Wilson's interval with as many trials as there are images.
+    """
+
+    def __init__(self, images: np.ndarray, *, resamples: int, seed: int = 0) -> None:
+        self.scores: dict[str, Score] = {}
+        self._images = np.unique(images)  # the numbers of all images that will be named
+        self._draws = draw_images(len(self._images), resamples, seed)
+
+    def add(
+        self,
+        key: str,
+        label: str,
+        hits: np.ndarray,
+        images: np.ndarray,
+        *,
+        of: str,
+        cells: np.ndarray | None = None,
+    ) -> None:
+        """Adds the score `key`: the mean over cells (one, if not given) of each cell's mean of `hits`.
+
+        `images` has the number of each query's image.
+        """
+        places = np.searchsorted(self._images, images)
+        one_cell = np.zeros(len(hits), dtype=np.int64)
+        value, low, high = interval(hits.astype(np.float64), places, one_cell if cells is None else cells, self._draws)
+        if len(self._draws) and len(hits) and hits.dtype == bool and cells is None and not low < high:
+            low, high = wilson(value, len(np.unique(images)))
+        self.scores[key] = Score(label=label, value=value, low=low, high=high, count=len(hits), of=of)
+
+    def add_accuracy(
+        self, hits: np.ndarray, images: np.ndarray, labels: np.ndarray, *, what: str, classes: int, part: str = ""
+    ) -> None:
+        """Adds top-1 over `what` and mAcc over the classes present; `part` names the subset that the rows are."""
+        key, suffix = (f"_{part.split(' ')[0]}", f", {part}") if part else ("", "")
+        self.add(f"top1{key}", f"top-1{suffix}", hits, images, of=f"{len(hits):,} {what}")
+        present = f"{len(np.unique(labels)):,} classes present of {classes:,}"
+        self.add(f"macc{key}", f"mAcc{suffix}", hits, images, of=present, cells=labels)
+
+    def add_recall(
+        self, ranks: np.ndarray, images: np.ndarray, *, key: str, label: str, what: str, gallery: int
+    ) -> None:
+        """Adds recall at 1, 5 and 10 among `gallery` entries."""
+        for k in (1, 5, 10):
+            of = f"{len(ranks):,} {what} among {gallery:,}"
+            self.add(f"{key}_r{k}", f"{label} R@{k}", ranks <= k, images, of=of)
+
+
+def by_size(areas_px: np.ndarray) -> dict[str, np.ndarray]:
+    """Of each size, with its bound in words, which of the areas (Q,) belong to it."""
+    places = np.digitize(areas_px, _SIZE_LIMITS_PX)
+    return {f"{size} ({words})": places == place for place, (size, words) in enumerate(SIZES.items())}
+
+
+def draw_images(num_images: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each image is drawn in each of the resamples: (resamples, I) uint8, rows sum to I."""
+    random = np.random.default_rng(seed)
+    draws = np.empty((resamples, num_images), dtype=np.uint8)
+    for row in draws:
+        row[:] = np.bincount(random.integers(num_images, size=num_images), minlength=num_images)
+    return draws
+
+
+def interval(hits: np.ndarray, images: np.ndarray, cells: np.ndarray, draws: np.ndarray) -> tuple[float, float, float]:
+    """(score, low, high) of rows (Q,): the mean over cells of each cell's mean hit, and its central 95 % over `draws`.
+
+    A draw in which no row is left has no score and doesn't count.  No rows: NaN; draws that all agree: no interval.
+    """
+    if not len(hits):
+        return math.nan, math.nan, math.nan
+    names, cells = np.unique(cells, return_inverse=True)
+    # rows of one image in one cell count together; pairs are sorted by cell, as reduceat needs them
+    pairs, row_pair = np.unique(cells.astype(np.int64) * draws.shape[1] + images, return_inverse=True)
+    pair_cell, pair_image = np.divmod(pairs, draws.shape[1])
+    pair_hits = np.bincount(row_pair, weights=hits, minlength=len(pairs))
+    pair_rows = np.bincount(row_pair, minlength=len(pairs)).astype(np.float64)
+    starts = np.searchsorted(pair_cell, np.arange(len(names)))
+
+    def means(times: np.ndarray) -> np.ndarray:
+        """The score of each draw, from how often each pair is drawn (draws, P)."""
+        right = np.add.reduceat(times * pair_hits, starts, axis=1)
+        asked = np.add.reduceat(times * pair_rows, starts, axis=1)
+        present = asked > 0
+        shares = np.divide(right, asked, out=np.zeros_like(right), where=present)
+        count = present.sum(axis=1)
+        return np.divide(shares.sum(axis=1), count, out=np.full(len(times), np.nan), where=count > 0)
+
+    shares = np.add.reduceat(pair_hits, starts) / np.add.reduceat(pair_rows, starts)
+    value = torch.from_numpy(hits if len(names) == 1 else shares).mean().item()  # torch adds up more exactly
+    step = max(1, DRAWS_AT_ONCE // len(pairs))
+    parts = [means(draws[i : i + step, pair_image].astype(np.float64)) for i in range(0, len(draws), step)]
+    drawn = np.concatenate([np.zeros(0), *parts])
+    drawn = drawn[~np.isnan(drawn)]
+    if len(np.unique(images)) < 2 or not len(drawn) or drawn.min() == drawn.max():
+        return value, math.nan, math.nan
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return value, float(low), float(high)
+
+
+def wilson(share: float, trials: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of so many trials: (0, 0.168) for 0 of 19."""
+    z2 = 1.959963984540054**2
+    middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    reach = math.sqrt(z2 * (share * (1 - share) / trials + z2 / (4 * trials**2))) / (1 + z2 / trials)
+    return max(0.0, min(share, middle - reach)), min(1.0, max(share, middle + reach))
+
+
+class Rows:
+    """Columns of values of queries, gathered batch by batch: `rows.add(images=..., ranks=...)`, `rows["ranks"]`."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[np.ndarray]] = {}
+
+    def add(self, **columns: Tensor | np.ndarray | Sequence[float]) -> None:
+        """Adds some rows; every call names the same columns."""
+        for name, values in columns.items():
+            array = values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+            self._parts.setdefault(name, []).append(array)
+
+    def __len__(self) -> int:
+        return sum(map(len, next(iter(self._parts.values()), [])))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return np.concatenate(self._parts[name])

@@ -1,6 +1,6 @@
-"""The evaluation sets by name: which reader and which protocol each task takes.
+"""The tasks by name: how each public set is read, and which question is asked of it.
 
-A location is `PATH?key=value&key=value`; the keys are the reader's keyword arguments.
+A location of a public set is `PATH?key=value&key=value`; the keys are the reader's keyword arguments.
 """
 
 from __future__ import annotations
@@ -10,17 +10,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from opencloc.eval import protocols
+from opencloc.eval import tasks
 from opencloc.eval.sets import captions, coco, flickr_entities, grit, imagenet, refcoco
 from opencloc.eval.sets.item import EvalSet
+
+SOURCE_TASKS: dict[str, tasks.Task] = {  # on any source of the project
+    "region-recognition": tasks.recognise_regions,
+    "region-retrieval": tasks.retrieve_regions,
+    "image-retrieval": tasks.retrieve_images,
+    "grounding": tasks.ground_texts,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """One task: how its files are read and what is done with them."""
+    """A public set: how its files are read and what is asked of them."""
 
-    read: Callable[..., EvalSet[Any]]
-    protocol: protocols.Protocol
+    read: Callable[..., EvalSet]
+    task: tasks.Task
 
     @property
     def help(self) -> str:
@@ -29,23 +36,31 @@ class Benchmark:
 
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "imagenet": Benchmark(read=imagenet.imagenet, protocol=protocols.classify),
-    "imagenet-v2": Benchmark(read=imagenet.imagenet_v2, protocol=protocols.classify),
-    "coco-retrieval": Benchmark(read=captions.coco_retrieval, protocol=protocols.retrieve_images),
-    "flickr30k-retrieval": Benchmark(read=captions.flickr30k_retrieval, protocol=protocols.retrieve_images),
-    "coco-recognition": Benchmark(read=coco.coco_recognition, protocol=protocols.recognise),
-    "lvis-recognition": Benchmark(read=coco.lvis_recognition, protocol=protocols.recognise),
-    "grit-retrieval": Benchmark(read=grit.grit_retrieval, protocol=protocols.retrieve_regions),
-    "fg-ovd": Benchmark(read=coco.fg_ovd, protocol=protocols.choose),
-    "refcoco": Benchmark(read=refcoco.refcoco, protocol=protocols.ground),
-    "refcoco+": Benchmark(read=refcoco.refcoco_plus, protocol=protocols.ground),
-    "refcocog": Benchmark(read=refcoco.refcocog, protocol=protocols.ground),
-    "flickr30k-entities": Benchmark(read=flickr_entities.flickr30k_entities, protocol=protocols.ground),
+    "imagenet": Benchmark(read=imagenet.imagenet, task=tasks.classify_images),
+    "imagenet-v2": Benchmark(read=imagenet.imagenet_v2, task=tasks.classify_images),
+    "coco-retrieval": Benchmark(read=captions.coco_retrieval, task=tasks.retrieve_images),
+    "flickr30k-retrieval": Benchmark(read=captions.flickr30k_retrieval, task=tasks.retrieve_images),
+    "coco-recognition": Benchmark(read=coco.coco_recognition, task=tasks.recognise_regions),
+    "lvis-recognition": Benchmark(read=coco.lvis_recognition, task=tasks.recognise_regions),
+    "grit-retrieval": Benchmark(read=grit.grit_retrieval, task=tasks.retrieve_regions),
+    "fg-ovd": Benchmark(read=coco.fg_ovd, task=tasks.choose_texts),
+    "refcoco": Benchmark(read=refcoco.refcoco, task=tasks.ground_texts),
+    "refcoco+": Benchmark(read=refcoco.refcoco_plus, task=tasks.ground_texts),
+    "refcocog": Benchmark(read=refcoco.refcocog, task=tasks.ground_texts),
+    "flickr30k-entities": Benchmark(read=flickr_entities.flickr30k_entities, task=tasks.ground_texts),
 }
+TASKS: dict[str, tasks.Task] = SOURCE_TASKS | {name: one.task for name, one in BENCHMARKS.items()}
 
 
-def open_set(task: str, location: str) -> EvalSet[Any]:
-    """The evaluation set of a task at `PATH?key=value&...`.
+def task_name(text: str) -> str:
+    """The task called `text`, in which underscores stand for hyphens.  Raises ValueError for an unknown one."""
+    if (name := text.replace("_", "-")) not in TASKS:
+        raise ValueError(f"unknown task {text!r}; there are {', '.join(TASKS)}")
+    return name
+
+
+def open_set(task: str, location: str) -> EvalSet:
+    """The public set of a task at `PATH?key=value&...`.
 
     Raises ValueError for an unknown task, key or value, FileNotFoundError for files that are not there.
     """

@@ -1,7 +1,7 @@
-"""Evaluations and training logs as JSON, Markdown and one self-contained HTML page.
+"""Results and training logs as JSON, Markdown and one self-contained HTML page.
 
-This file owns how results are shown, never what they are: it computes no score.  The page's markup lies beside it in
-`report.html.j2`; everything else the page needs (styles, curves, pictures) is inside the page.
+How results are shown is decided here, never what they are: no score is computed.  The page's markup lies beside this
+file in `report.html.j2`; everything else the page needs (styles, curves, pictures) is inside the page.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import base64
 import io
 import json
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.resources import files
+from importlib.resources import files as resources
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,128 +24,151 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
-from opencloc.eval.metrics import SIZE_LIMITS, Accuracy, Recall
-from opencloc.eval.protocols import Result
-from opencloc.eval.tasks import Evaluation, Prediction
+from opencloc import files
+from opencloc.eval.metrics import Score
+from opencloc.eval.registry import SOURCE_TASKS
+from opencloc.eval.tasks import Prediction
 
 CURVES = {"image_text": "Image-text loss", "region_text": "Region-text loss", "grounding": "Grounding loss"}
 PICTURE_PX = 512  # longest side of a picture in the page
 SERIES = ("#010101", "#020202", "#030303", "#040404")  # placeholders that the page's styles give their colours
 INK = "#050505"
+READING = (
+    "In brackets: 95 % intervals, by a bootstrap over images (Wilson's by images where all queries agree). "
+    "Sizes are COCO's: areas of boxes in pixels of the image as annotated. Ties count as wrong."
+)
+# Short keys of metrics.json for the tasks on a source; all other scores are called by task, set and key.
+FLAT = {
+    ("region-recognition", "top1"): "region_top1",
+    ("region-recognition", "macc"): "region_macc",
+    ("image-retrieval", "i2t_r1"): "i2t_r1",
+    ("image-retrieval", "t2i_r1"): "t2i_r1",
+    ("grounding", "acc50"): "ground_acc50",
+    ("grounding", "miou"): "ground_miou",
+}
+HEADLINE = ("top1", "macc", "acc50", "acc50_any", "i2t_r1", "t2i_r1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Scores of one encoder for one task on one set, with their denominators and what was skipped."""
+
+    encoder: str
+    task: str  # its name, as on the command line
+    data: str  # the split or source
+    rules: str  # what is asked, of which boxes, against which texts
+    precision: str  # of the encoder: bf16 or fp32
+    images: int  # that had something to score
+    of_images: int | None  # in the set; None: an endless source
+    class_names: tuple[str, ...]  # the candidates, where there are classes
+    scores: dict[str, Score]  # empty where the encoder cannot do the task
+    skipped: dict[str, dict[str, int]]  # unit (images, boxes, texts, files) -> reason -> how many
+    noted: dict[str, int]  # images that were used, by what is unusual about them
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One score of several encoders: a line of the tables."""
+    """One line of the tables: a score of several encoders."""
 
     group: str
+    key: str
     label: str
-    values: tuple[float | None, ...]  # in [0, 1], one per encoder; None where it was not measured
+    cells: tuple[str, ...]  # one for each encoder, a dash where it was not measured
+    values: tuple[float | None, ...]  # in [0, 1]
     of: str  # the denominator in words
-    intervals: tuple[tuple[float, float] | None, ...] = ()  # of each value, where there are any
 
 
-def to_json(evaluations: Sequence[Evaluation], results: Sequence[Result] = ()) -> str:
-    """Evaluations and results as one strict JSON list, scores in [0, 1]; a score without a denominator is null."""
-    return json.dumps([_plain(asdict(e)) for e in (*evaluations, *results)], indent=2, allow_nan=False) + "\n"
+def flat_metrics(results: Sequence[Result]) -> dict[str, dict[str, float]]:
+    """For each encoder its scores in [0, 1] under short keys: what metrics.json holds.
+
+    Of tasks on a source: `region_top1`, `region_macc`, `i2t_r1`, `t2i_r1`, `ground_acc50`, `ground_miou`, where there
+    are several sources after the name of each.  Of public sets every score, as `coco-recognition instances_val2017
+    top1`.
+    """
+    sources = {result.data for result in results if result.task in SOURCE_TASKS}
+    flat: dict[str, dict[str, float]] = {}
+    for result in results:
+        of_encoder = flat.setdefault(result.encoder, {})
+        for key, score in result.scores.items():
+            if result.task not in SOURCE_TASKS:
+                name = f"{result.task} {result.data} {key}"
+            elif (name := FLAT.get((result.task, key), "")) and len(sources) > 1:
+                name = f"{result.data} {name}"
+            if name and score.count:
+                of_encoder[name] = score.value
+    return flat
 
 
-def to_markdown(evaluations: Sequence[Evaluation], results: Sequence[Result] = ()) -> str:
-    """One Markdown table with a column per encoder and the denominators, then the rules and what was left out."""
-    encoders = list(dict.fromkeys(part.encoder for part in (*evaluations, *results)))
+def to_json(results: Sequence[Result]) -> str:
+    """Results as one strict JSON list, scores in [0, 1]; a score or bound without a denominator is null."""
+    return json.dumps([_plain(asdict(result)) for result in results], indent=2, allow_nan=False) + "\n"
+
+
+def to_markdown(results: Sequence[Result]) -> str:
+    """One Markdown table with a column per encoder and the denominators, then the rules and what was skipped."""
+    encoders = list(dict.fromkeys(result.encoder for result in results))
     lines = [
         f"| score in % | {' | '.join(map(_cell, encoders))} | of |",
         f"|---|{'---:|' * len(encoders)}---|",
-        *map(_markdown_line, rows(evaluations)),
-        *map(_markdown_line, result_rows(results, encoders)),
+        *(
+            f"| {_cell(row.group)}: {_cell(row.label)} | {' | '.join(row.cells)} | {_cell(row.of)} |"
+            for row in rows(results)
+        ),
     ]
-    if results:
-        rules = dict.fromkeys(f"* {_cell(result.task)}: {_cell(result.rules)}" for result in results)
-        lines += ["", "In brackets: 95 % intervals, bootstrap over images. Rules:", "", *rules]
-    if left_out := [f"* {_cell(line)}" for line in (*skipped(evaluations), *_left_out(results))]:
-        lines += ["", "Left out:", "", *left_out]
-    return "\n".join(lines) + "\n"
+    for title, notes in (
+        ("Rules", rules(results)),
+        ("Skipped", skipped(results)),
+        ("Used, and unusual", noted(results)),
+    ):
+        if notes:
+            lines += ["", f"{title}:", "", *(f"* {_cell(note)}" for note in notes)]
+    return "\n".join([*lines, "", READING]) + "\n"
 
 
-def result_rows(results: Sequence[Result], encoders: Sequence[str]) -> list[Row]:
-    """Every score of every set in a fixed order, with a value for each of `encoders` that has it."""
+def rows(results: Sequence[Result]) -> list[Row]:
+    """For each task and set the images used and every score that at least one encoder has, but those of nothing."""
+    encoders = list(dict.fromkeys(result.encoder for result in results))
     table: list[Row] = []
-    for task in dict.fromkeys(result.task for result in results):
-        by_encoder = {result.encoder: result.scores for result in results if result.task == task}
-        for key in dict.fromkeys(key for scores in by_encoder.values() for key in scores):
-            scores = [by_encoder.get(encoder, {}).get(key) for encoder in encoders]
+    for group, of_group in _by_group(results).items():
+        by_encoder = {result.encoder: result for result in of_group}
+        used = tuple(_used(by_encoder.get(encoder)) for encoder in encoders)
+        empty = (None,) * len(encoders)
+        table.append(Row(group=group, key="images", label="images used", cells=used, values=empty, of="of the set"))
+        for key in dict.fromkeys(key for result in of_group for key in result.scores):
+            scores = [by_encoder[one].scores.get(key) if one in by_encoder else None for one in encoders]
             measured = [score for score in scores if score is not None]
+            if not any(score.count for score in measured):  # no box of this size
+                continue
             table.append(
                 Row(
-                    group=task,
+                    group=group,
+                    key=key,
                     label=measured[0].label,
+                    cells=tuple(map(_with_interval, scores)),
                     values=tuple(score and score.value for score in scores),
                     of=" / ".join(dict.fromkeys(score.of for score in measured)),
-                    intervals=tuple(score and (score.low, score.high) for score in scores),
                 )
             )
     return table
 
 
-def rows(evaluations: Sequence[Evaluation]) -> list[Row]:
-    """Every score that at least one of the evaluations has, in a fixed order."""
-    table: list[Row] = []
-
-    def add(group: str, label: str, get: Callable[[Evaluation], Any], score: str, of: Callable[[Any], str]) -> None:
-        """`get` picks the part of an evaluation that has the score, or None."""
-        parts = [get(e) for e in evaluations]
-        if any(part is not None for part in parts):
-            values = tuple(None if part is None else getattr(part, score) for part in parts)
-            denominators = dict.fromkeys(of(part) for part in parts if part is not None)
-            table.append(Row(group=group, label=label, values=values, of=" / ".join(denominators)))
-
-    def boxes(part: Accuracy) -> str:
-        return f"{part.boxes:,} boxes"
-
-    def queries(part: Recall) -> str:
-        return f"{part.queries:,} queries among {part.gallery:,}"
-
-    def overall(e: Evaluation) -> Accuracy | None:
-        return e.region_recognition and e.region_recognition.overall
-
-    names = _one_or_more(e.region_recognition.classes for e in evaluations if e.region_recognition)
-    group = "region recognition"
-    add(group, "top-1", overall, "top1", boxes)
-    add(group, "mAcc", overall, "macc", lambda part: f"{part.classes_present:,} classes present of {names}")
-    for size in SIZE_LIMITS:
-        add(
-            group,
-            f"top-1, {size}",
-            lambda e, size=size: e.region_recognition and e.region_recognition.by_size[size],
-            "top1",
-            boxes,
-        )
-    for task, item in (("region_retrieval", "region"), ("image_retrieval", "image")):
-        for way, label in (("to_text", f"{item} to text"), ("from_text", f"text to {item}")):
-            for score, k in (("r1", 1), ("r5", 5), ("r10", 10)):
-                add(
-                    f"{item} retrieval",
-                    f"{label} R@{k}",
-                    lambda e, task=task, way=way: getattr(getattr(e, task), way, None),
-                    score,
-                    queries,
-                )
-    for score, label in (("acc50", "IoU ≥ 0.5"), ("mean_iou", "mean IoU")):
-        add("grounding", label, lambda e: e.grounding, score, lambda part: f"{part.queries:,} texts")
-    return table
+def rules(results: Sequence[Result]) -> list[str]:
+    """Of each task and set what was asked, a sentence each."""
+    groups = _by_group(results).items()
+    return [f"{group}, on {of_group[0].data}: {of_group[0].rules}" for group, of_group in groups]
 
 
-def skipped(evaluations: Sequence[Evaluation]) -> list[str]:
-    """What the tasks left out, a sentence for each task and reason, with the encoders if they differ."""
-    sentences: dict[str, list[str]] = {}
-    for e in evaluations:
-        for task, reasons in e.skipped.items():
-            for reason, count in reasons.items():
-                sentences.setdefault(f"{task.replace('_', ' ')}: {reason} ({count:,})", []).append(e.encoder)
-    return [
-        line if len(encoders) == len(evaluations) else f"{line}: {'; '.join(encoders)}"
-        for line, encoders in sentences.items()
-    ]
+def skipped(results: Sequence[Result]) -> list[str]:
+    """What was skipped, a line for each unit and reason, with the tasks and encoders where they are not all."""
+    return _lines(
+        results,
+        [(r, f"{unit}: {why}", n) for r in results for unit, whys in r.skipped.items() for why, n in whys.items()],
+    )
+
+
+def noted(results: Sequence[Result]) -> list[str]:
+    """What is unusual about images that were used, as `skipped`."""
+    return _lines(results, [(r, f"images: {what}", n) for r in results for what, n in r.noted.items()])
 
 
 def percent(score: float | None) -> str:
@@ -158,7 +181,7 @@ def write_html_report(
     *,
     title: str,
     lede: str,
-    evaluations: Sequence[Evaluation],
+    results: Sequence[Result],
     logs: Mapping[str, str | Path] = {},
     pictures: Sequence[Prediction] = (),
     facts: Mapping[str, str] = {},
@@ -169,25 +192,23 @@ def write_html_report(
     `facts` (what: value) close the page.  All texts are escaped.  Raises ValueError for a line that is not JSON.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("opencloc.eval").joinpath("report.html.j2").read_text(encoding="utf-8"))
-    html = template.render(
+    template = environment.from_string(resources("opencloc.eval").joinpath("report.html.j2").read_text("utf-8"))
+    table = rows(results)
+    page = template.render(
         title=title,
         lede=lede,
-        evaluations=evaluations,
-        headline=_headline(evaluations),
-        groups={group: list(lines) for group, lines in groupby(rows(evaluations), key=lambda row: row.group)},
-        sizes=SIZE_LIMITS,
-        skipped=skipped(evaluations),
+        encoders=list(dict.fromkeys(result.encoder for result in results)),
+        headline=_headline(table),
+        groups={group: list(lines) for group, lines in groupby(table, key=lambda row: row.group)},
+        reading=READING,
+        notes={"Rules": rules(results), "Skipped": skipped(results), "Used, and unusual": noted(results)},
         runs=list(logs),
         curves=_curves({name: read_log(log) for name, log in logs.items()}),
         pictures=[_Picture.of(p) for p in pictures],
         facts=facts,
         percent=percent,
     )
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(html, encoding="utf-8")
-    os.replace(partial, path)
+    files.write_bytes(path, page.encode("utf-8", "replace"))
 
 
 def read_log(path: str | Path) -> dict[str, list[tuple[int, float]]]:
@@ -223,12 +244,12 @@ class _Picture:
 
     @classmethod
     def of(cls, prediction: Prediction) -> _Picture:
-        sample = prediction.sample
-        regions = zip(sample.boxes, sample.texts, prediction.names, prediction.correct, strict=True)
+        image, item = prediction.loaded.image, prediction.loaded.item
+        regions = zip(item.boxes, item.texts, prediction.names, prediction.correct, strict=True)
         return cls(
-            source=_data_url(sample.image),
-            width=sample.image.width,
-            height=sample.image.height,
+            source=_data_url(image),
+            width=image.width,
+            height=image.height,
             named=[{"place": _place(box), "text": text, "name": name, "right": ok} for box, text, name, ok in regions],
             grounded=[
                 {
@@ -255,23 +276,10 @@ def _data_url(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _headline(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """The columns of the first table: one score each, with its denominator."""
-    wanted = {
-        ("region recognition", "top-1"): ("Region names", "top-1"),
-        ("region recognition", "mAcc"): ("Region names", "mean over classes"),
-        ("grounding", "IoU ≥ 0.5"): ("Regions found", "IoU ≥ 0.5"),
-        ("image retrieval", "image to text R@1"): ("Image to caption", "R@1"),
-        ("image retrieval", "text to image R@1"): ("Caption to image", "R@1"),
-    }
-    measured = {(row.group, row.label): row for row in rows(evaluations)}
-    columns = []
-    for key, (what, score) in wanted.items():
-        if key in measured:
-            row = measured[key]
-            best = max(value for value in row.values if value is not None)
-            columns.append({"what": what, "score": score, "of": row.of, "values": row.values, "best": best})
-    return columns
+def _headline(table: Sequence[Row]) -> list[Row]:
+    """The columns of the first table: at most six scores."""
+    wanted = [row for row in table if row.key in HEADLINE]
+    return sorted(wanted, key=lambda row: HEADLINE.index(row.key))[:6]
 
 
 def _curves(logs: Mapping[str, dict[str, list[tuple[int, float]]]]) -> list[tuple[str, Markup]]:
@@ -327,6 +335,49 @@ def _running_mean(values: Sequence[float], reach: int) -> list[float]:
 # -- small things ------------------------------------------------------------------------------------------------------
 
 
+def _by_group(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The results by what tables call them: the task, and its set where it has several."""
+    sets: dict[str, set[str]] = {}
+    for result in results:
+        sets.setdefault(result.task, set()).add(result.data)
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        name = result.task if len(sets[result.task]) == 1 else f"{result.task} {result.data}"
+        groups.setdefault(name, []).append(result)
+    return groups
+
+
+def _lines(results: Sequence[Result], counts: Sequence[tuple[Result, str, int]]) -> list[str]:
+    """A line for each thing that was counted, with the tasks and encoders where they are not all."""
+    group_of = {id(result): group for group, of_group in _by_group(results).items() for result in of_group}
+    found: dict[str, list[Result]] = {}
+    for result, what, count in counts:
+        found.setdefault(f"{what} ({count:,})", []).append(result)
+    lines = []
+    for line, where in found.items():
+        groups = list(dict.fromkeys(group_of[id(result)] for result in where))
+        encoders = list(dict.fromkeys(result.encoder for result in where))
+        all_here = {result.encoder for result in results if group_of[id(result)] in groups}
+        if len(groups) < len(set(group_of.values())):
+            line += f", in {', '.join(groups)}"
+        lines.append(line + (f", by {'; '.join(encoders)}" if set(encoders) < all_here else ""))
+    return lines
+
+
+def _used(result: Result | None) -> str:
+    if result is None or not result.scores:
+        return "–"
+    return f"{result.images:,}" + (
+        f" of {result.of_images:,}" if result.of_images is not None else " of an endless source"
+    )
+
+
+def _with_interval(score: Score | None) -> str:
+    if score is None or math.isnan(score.low):
+        return percent(score and score.value)
+    return f"{percent(score.value)} ({percent(score.low)} to {percent(score.high)})"
+
+
 def _plain(value: Any) -> Any:
     """JSON's own types: a NaN becomes null."""
     if isinstance(value, dict):
@@ -334,30 +385,8 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _one_or_more(counts: Any) -> str:
-    return " / ".join(dict.fromkeys(f"{count:,}" for count in counts))
-
-
-def _left_out(results: Sequence[Result]) -> list[str]:
-    """As `skipped`, of results."""
-    sentences: dict[str, list[str]] = {}
-    for result in results:
-        for reason, count in result.left_out.items():
-            sentences.setdefault(f"{result.task}: {reason} ({count:,})", []).append(result.encoder)
-    encoders = {result.encoder for result in results}
-    return [line if set(names) == encoders else f"{line}: {'; '.join(names)}" for line, names in sentences.items()]
-
-
-def _markdown_line(row: Row) -> str:
-    intervals = row.intervals or (None,) * len(row.values)
-    values = [percent(value) + _bounds(bounds) for value, bounds in zip(row.values, intervals, strict=True)]
-    return f"| {row.group}: {row.label} | {' | '.join(values)} | {row.of} |"
-
-
-def _bounds(bounds: tuple[float, float] | None) -> str:
-    return "" if bounds is None or math.isnan(bounds[0]) else f" ({percent(bounds[0])} to {percent(bounds[1])})"
-
-
 def _cell(text: str) -> str:
-    """Text for one cell of a Markdown table."""
-    return " ".join(text.split()).replace("|", "\\|")
+    """Text for one cell of a Markdown table, in which nothing is markup."""
+    text = " ".join(text.encode("utf-8", "replace").decode().split())
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", text)
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", text).replace("<", "&lt;")

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
-from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from opencloc.data.sample import Sample, class_names
-from opencloc.data.sources.spec import open_source, take
-from opencloc.eval.encoders import Encoder, RegionWay, View, load_encoder, model_type
-from opencloc.eval.protocols import Result, Settings, run
-from opencloc.eval.registry import BENCHMARKS, open_set
-from opencloc.eval.report import to_json, to_markdown, write_html_report
-from opencloc.eval.sets.item import EvalSet
-from opencloc.eval.tasks import TASKS, Evaluation, Prediction, Task, evaluate, flat_metrics, predict
-from opencloc.eval.text_bank import Dtype
-
-SOURCE_IMAGES = 1000  # of a source, where no number is given
-_TASK_NAMES = (*(task.replace("_", "-") for task in TASKS), *BENCHMARKS)
+from opencloc import files
+from opencloc.data.sources.spec import open_source
+from opencloc.devices import Precision, choose_device, computes_in_bf16
+from opencloc.eval.encoders import Encoder, RegionWay, View, check_regions, load_encoder, natural_way
+from opencloc.eval.registry import BENCHMARKS, SOURCE_TASKS, TASKS, open_set, task_name
+from opencloc.eval.report import Result, flat_metrics, to_json, to_markdown, write_html_report
+from opencloc.eval.sets.item import IMAGES, EvalSet, Loaded, Unread, by_unit, load
+from opencloc.eval.sets.source import source_set
+from opencloc.eval.tasks import Ask, Batch, Prediction, Scores, predict
+from opencloc.eval.text_bank import TextBank, check_finite
+from opencloc.progress import Meter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +32,13 @@ class EvalConfig:
     """
 
     model: tuple[str, ...]
-    """Encoders as `[NAME=]FOLDER[@prompter|crop|roi]`: a CLOC, CLIP, SigLIP or SigLIP 2 checkpoint, and how it embeds a
-    region."""
+    """Encoders as `[NAME=]FOLDER[@prompter|crop|roi]`: a CLOC, CLIP, SigLIP or SigLIP 2 checkpoint (or its hub id), and
+    how it embeds a region."""
     data: tuple[str, ...]
     """Where the data lie, as `[TASK=]LOCATION[?key=value&...]`: a folder for the tasks on a public set, any source for
     the four on a source, e.g. `coco:DIR?split=test`.  Without TASK= it serves all tasks that have none of their own;
     with it, it may be given several times, e.g. once for each split."""
-    tasks: tuple[str, ...] = TASKS
+    tasks: tuple[str, ...] = tuple(SOURCE_TASKS)
     """Which scores; default: the four on a source."""
     regions: RegionWay | None = None
     """How models without `@...` embed a region; default: the Prompter of a CLOC checkpoint, crops for any other."""
@@ -52,25 +48,23 @@ class EvalConfig:
     num_images: int | None = None
     """At most so many images, from the first on; default: 1000 of a source, all of a public set."""
     class_names: str | None = None
-    """Text file, one class name per line, for region-recognition; default: the distinct region texts of the images."""
-    json: str | None = None
-    """File for all scores, denominators, intervals and what was left out."""
-    markdown: str | None = None
-    """File for the table that is printed."""
+    """Text file, one class name per line, for region-recognition; default: the categories of a COCO file, else the
+    distinct region texts of the images."""
     out: str | None = None
-    """Folder for metrics.json, evaluation.json, evaluation.md and, of tasks on a source, report.html."""
+    """Folder for metrics.json, evaluation.json, evaluation.md and report.html."""
     title: str = "Evaluation"
     """Heading of report.html."""
     num_pictures: int = 12
     """Images shown in report.html, with the first encoder's predictions."""
     batch_size: int = 32
     """Images at a time."""
-    dtype: Dtype = "float32"
-    """Autocast type of the encoders; scores are always float32."""
+    precision: Precision = "fp32"
+    """What the encoders compute in: `fp32`, `bf16`, or `auto` (bf16 where the hardware has it); scores are always
+    fp32."""
     device: str = "auto"
     """`auto` (cuda if there is one), `cpu`, `cuda`, ..."""
     max_missing: float = 0.01
-    """Share of the images of a public set that may be missing or broken before the run fails."""
+    """Share of the images that may be missing or broken before the run fails."""
     resamples: int = 1000
     """Draws of the bootstrap that gives the intervals; 0 for none."""
 
@@ -78,192 +72,253 @@ class EvalConfig:
         for name in ("num_images", "batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
-        if self.resamples < 0:
-            raise ValueError(f"resamples must be >= 0, got {self.resamples}")
+        for name in ("resamples", "num_pictures"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"{name} must be >= 0, got {value}")
         if not 0 <= self.max_missing <= 1:
             raise ValueError(f"max_missing must be in [0, 1], got {self.max_missing}")
         for spec in self.model:
             parse_model(spec)
         for task in self.tasks:
-            if task.replace("_", "-") not in _TASK_NAMES:
-                raise ValueError(f"unknown task {task!r}; there are {', '.join(_TASK_NAMES)}")
+            task_name(task)
         if not (self.tasks and self.model and self.data):
             raise ValueError("tasks, model and data need at least one value each")
 
 
-@dataclass(kw_only=True)
-class _Outcome:
-    """What the encoders gave, and what report.html needs besides."""
-
-    evaluations: list[Evaluation]
-    results: list[Result]
-    samples: Sequence[Sample] = ()
-    unusable: Counter[str]
-    pictures: Sequence[Prediction] = ()
-
-
-def parse_model(spec: str, regions: RegionWay = "prompter") -> tuple[str | None, str, RegionWay]:
-    """(name or None, folder, way) of `[NAME=]FOLDER[@WAY]`; `regions` where no way is given.
-
-    Raises ValueError for an unknown way.
-    """
+def parse_model(spec: str) -> tuple[str | None, str, RegionWay | None]:
+    """(name or None, folder, way or None) of `[NAME=]FOLDER[@WAY]`.  Raises ValueError for an unknown way."""
     name, _, rest = spec.rpartition("=")
-    folder, _, way = rest.rpartition("@") if "@" in rest else (rest, "", regions)
-    ways: tuple[RegionWay, ...] = get_args(RegionWay)
-    for known in ways:
+    folder, at, way = rest.rpartition("@")
+    if not at:
+        return name or None, rest, None
+    for known in get_args(RegionWay):
         if way == known:
             return name or None, folder, known
-    raise ValueError(f"model {spec!r}: a region is embedded by {', '.join(ways)}, not by {way!r}")
+    raise ValueError(f"model {spec!r}: a region is embedded by {', '.join(get_args(RegionWay))}, not by {way!r}")
 
 
-def run_eval(config: EvalConfig, console: Console | None = None) -> tuple[list[Evaluation], list[Result]]:
-    """The scores of the tasks on a source and on public sets, after printing them and writing the files asked for."""
-    console = console or Console(stderr=True)
+def run_eval(config: EvalConfig) -> list[Result]:
+    """The results of all encoders on all sets, after printing them and writing the files asked for."""
     disable_progress_bar()  # transformers' own, one for every model
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    tasks = [task.replace("-", "_") for task in config.tasks]
+    device = choose_device(config.device)
     models = _named(config)
-    on_source: list[Task] = [task for task in TASKS if task in tasks]
-    places = [(task, place) for task in config.tasks if task in BENCHMARKS for place in _places(config, task)]
-    sets = [(BENCHMARKS[task].protocol, open_set(task, place)) for task, place in places]
-    if len({data.name for _, data in sets}) < len(sets):
-        raise ValueError(f"the same set twice: {', '.join(data.name for _, data in sets)}")
-    if config.num_images is not None:
-        sets = [(protocol, _first(data, config.num_images)) for protocol, data in sets]
-    settings = Settings(
-        batch_size=config.batch_size,
-        dtype=config.dtype,
-        resamples=config.resamples,
-        max_missing=config.max_missing,
-    )
-    outcome = _Outcome(evaluations=[], results=[], unusable=Counter())
-    names = None
-    if on_source:
-        outcome.samples, outcome.unusable = _take(config, on_source, console)
-        if config.class_names is not None:
-            names = [line.strip() for line in Path(config.class_names).read_text().splitlines() if line.strip()]
+    sets = _open_sets(config)
+    results: list[Result] = []
+    pictures: list[Prediction] = []
     for name, folder, way in models:
         encoder = load_encoder(folder, way, name=name, device=device, view=config.view)
-        outcome.results += [run(encoder, data, protocol, settings) for protocol, data in sets]
-        if on_source:
-            _evaluate(encoder, on_source, names, config, outcome)
-    print(to_markdown(outcome.evaluations, outcome.results))
-    if config.json is not None:
-        write_text(Path(config.json), to_json(outcome.evaluations, outcome.results))
-    if config.markdown is not None:
-        write_text(Path(config.markdown), to_markdown(outcome.evaluations, outcome.results))
+        for tasks, data in sets:
+            results += evaluate(
+                encoder,
+                data,
+                tasks,
+                num_images=config.num_images,
+                batch_size=config.batch_size,
+                precision=config.precision,
+                resamples=config.resamples,
+                max_missing=config.max_missing,
+            )
+        if not pictures and config.out is not None and config.num_pictures:
+            pictures = _pictures(encoder, [data for _, data in sets], results, config.num_pictures)
+        del encoder
+    table = to_markdown(results)
     if config.out is not None:
-        _write_folder(Path(config.out), config, outcome)
-    return outcome.evaluations, outcome.results
+        _write_folder(Path(config.out), config, results, pictures, table)
+        print(config.out)
+    print(table)
+    return results
 
 
-def _places(config: EvalConfig, task: str) -> list[str]:
-    """The locations for a task: its own, else those without a task."""
-    split = [place.partition("=") for place in config.data]
-    named = [(head.replace("_", "-"), rest) for head, equals, rest in split if equals]
-    own = [rest for head, rest in named if head == task.replace("_", "-")]
-    shared = [
-        place for place, (head, equals, _) in zip(config.data, split, strict=True)
-        if not equals or head.replace("_", "-") not in _TASK_NAMES
-    ]  # fmt: skip
-    if not (own or shared):
-        raise ValueError(f"no data for {task}: --data {task}=LOCATION")
-    return own or shared
+def evaluate(
+    encoder: Encoder,
+    data: EvalSet,
+    tasks: Sequence[str],
+    *,
+    num_images: int | None = None,
+    batch_size: int = 32,
+    precision: Precision = "fp32",
+    resamples: int = 1000,
+    max_missing: float = 0.01,
+) -> list[Result]:
+    """The result of each of `tasks` (names of `registry.TASKS`) on a set, from one pass over its images.
+
+    `num_images`: at most so many, from the first on; None: the set's own number, as a rule all.  `precision` is the
+    encoder's; scores are always fp32.  `resamples`: draws of the bootstrap that gives the intervals.
+
+    Raises ValueError for an unknown task, when more than `max_missing` of the images cannot be read, or none can, and
+    when an encoder gives embeddings that are not finite.
+    """
+    tasks = [task_name(task) for task in tasks]
+    num_images = num_images or data.num_images
+    if num_images is None and data.num_items is None:
+        raise ValueError(f"{data.name} is endless: num_images must say how many are used")
+    most = min(n for n in (num_images, data.num_items) if n is not None)
+    unread, noted, skipped, read = Unread(allowed=int(max_missing * most)), Counter[str](), Counter(data.skipped), 0
+    bank, bf16 = TextBank(encoder), computes_in_bf16(precision, encoder.device)
+    asks = [Ask(encoder=encoder, data=data, bank=bank, resamples=resamples) for _ in tasks]
+    what = f"{tasks[0] if len(tasks) == 1 else data.name}: {encoder.name}"
+    with (
+        torch.inference_mode(),
+        torch.autocast(encoder.device.type, dtype=torch.bfloat16, enabled=bf16),
+        Meter(what, most) as meter,
+    ):
+        running = [TASKS[task](ask) for task, ask in zip(tasks, asks, strict=True)]
+        for task in running:
+            next(task)
+        for loaded in load(data, num_images, batch_size, unread):
+            encoded = encoder.encode_images([one.image for one in loaded])
+            check_finite(encoder, "image", encoded.embedding)
+            batch = Batch(encoder, loaded, encoded)
+            for task in running:
+                task.send(batch)
+            for one in loaded:
+                noted.update(one.noted)
+                skipped.update(one.item.skipped)
+            read += len(loaded)
+            meter.advance(len(loaded))
+        scores = [_finish(task) for task in running]
+    skipped.update({(IMAGES, reason): count for reason, count in unread.reasons.items()})
+    if not read:
+        reasons = ", ".join(f"{unit}: {reason} ({count:,})" for (unit, reason), count in skipped.items())
+        raise ValueError(f"{data.name}: no image can be used; skipped {reasons or 'none'}")
+    of_images = None
+    if data.num_items is not None:
+        of_images = data.num_items + sum(count for (unit, _), count in data.skipped.items() if unit == IMAGES)
+        skipped[IMAGES, f"after the first {read:,}"] = data.num_items - read - unread.reasons.total()
+    return [
+        Result(
+            encoder=encoder.name,
+            task=task,
+            data=data.name,
+            rules=_rules(task, ask),
+            precision="bf16" if bf16 else "fp32",
+            images=ask.num_images,
+            of_images=of_images,
+            class_names=ask.class_names,
+            scores=of_task,
+            skipped=by_unit(skipped + ask.skipped),
+            noted=dict(noted),
+        )
+        for task, ask, of_task in zip(tasks, asks, scores, strict=True)
+    ]
 
 
-def _first(data: EvalSet[Any], num_images: int) -> EvalSet[Any]:
-    """The first images of a set."""
-    rest = max(0, len(data.items) - num_images)
-    left_out = data.left_out | ({f"image after the first {num_images:,}": rest} if rest else {})
-    return replace(data, items=data.items[:num_images], left_out=left_out)
+def _rules(task: str, ask: Ask) -> str:
+    """What was asked: the rules of the task, the classes, the rules of the set."""
+    classes = f"{len(ask.class_names):,} classes" if ask.class_names else ""
+    if classes and not ask.data.class_names:
+        classes += ", the distinct texts of the regions"
+    return "; ".join(
+        filter(None, [(TASKS[task].__doc__ or "").partition("\n")[0].rstrip("."), classes, ask.data.rules])
+    )
 
 
-def _take(config: EvalConfig, tasks: Sequence[Task], console: Console) -> tuple[list[Sample], Counter[str]]:
-    """The samples of the one source that the tasks on a source share."""
-    places = list(dict.fromkeys(place for task in tasks for place in _places(config, task)))
-    if len(places) != 1:
-        raise ValueError(f"{', '.join(tasks)} need one source, got {', '.join(places)}")
-    samples, unusable = take(open_source(places[0]), config.num_images or SOURCE_IMAGES)
-    if not samples:
-        raise ValueError(f"{places[0]}: no usable samples ({dict(unusable)})")
-    if unusable:
-        console.print(f"left out: {dict(unusable)}", highlight=False)
-    return samples, unusable
+def _finish(task: Generator[None, Batch | None, Scores]) -> Scores:
+    """The scores of a task that has seen all batches."""
+    try:
+        task.send(None)
+    except StopIteration as stop:
+        return stop.value
+    raise AssertionError("a task ends when there are no more batches")
 
 
-def _named(config: EvalConfig) -> list[tuple[str, Path, RegionWay]]:
-    """(name, folder, way) of every model, each name once; raises ValueError if a folder holds no checkpoint."""
+# -- what the command line names ---------------------------------------------------------------------------------------
+
+
+def _named(config: EvalConfig) -> list[tuple[str, str, RegionWay]]:
+    """(name, folder, way) of every model, each name once; raises as `load_encoder` for what can't be one."""
     models = []
     for spec in config.model:
-        folder = Path(parse_model(spec)[1])
-        natural: RegionWay = "prompter" if model_type(folder) == "cloc" else "crop"
-        name, _, way = parse_model(spec, config.regions or natural)
-        models.append((name or f"{folder.resolve().name}, {way}", folder, way))
-    count = Counter(name for name, _, _ in models)
-    # every run's folder is called model
-    named = [
-        (name if count[name] == 1 else spec, *rest) for spec, (name, *rest) in zip(config.model, models, strict=True)
+        name, folder, way = parse_model(spec)
+        way = way or config.regions or natural_way(folder)
+        check_regions(folder, way, config.view)
+        models.append((spec, name or f"{Path(folder).resolve().name}, {way}", folder, way))
+    count = Counter(name for _, name, _, _ in models)
+    view = "" if config.view == "letterbox" else f" ({config.view})"
+    named = [  # every run's folder is called model
+        ((name if count[name] == 1 else spec) + view, folder, way) for spec, name, folder, way in models
     ]
-    if config.view != "letterbox":
-        named = [(f"{name} ({config.view})", *rest) for name, *rest in named]
     if len({name for name, *_ in named}) < len(named):
         raise ValueError(f"two models of one name: {', '.join(config.model)}; tell them apart by NAME=FOLDER")
     return named
 
 
-def _evaluate(
-    encoder: Encoder, tasks: Sequence[Task], names: list[str] | None, config: EvalConfig, outcome: _Outcome
+def _open_sets(config: EvalConfig) -> list[tuple[list[str], EvalSet]]:
+    """The sets of the command, each with the tasks asked of it; those on one source share it.
+
+    Raises ValueError for a task without data, data without a task, and a set that comes twice.
+    """
+    tasks = list(dict.fromkeys(map(task_name, config.tasks)))
+    own: dict[str, list[str]] = {}
+    shared: list[str] = []
+    for place in config.data:
+        head, equals, rest = place.partition("=")
+        name = head.replace("_", "-")
+        if equals and name in TASKS:
+            if name not in tasks:
+                raise ValueError(f"--data {place}: the task {name} is not asked for")
+            own.setdefault(name, []).append(rest)
+        else:
+            shared.append(place)
+    if without := [task for task in tasks if task not in own and not shared]:
+        raise ValueError(f"no data for {without[0]}: --data {without[0]}=LOCATION")
+    if shared and all(task in own for task in tasks):
+        raise ValueError(f"--data {shared[0]}: every task has data of its own")
+    places = {task: own.get(task, shared) for task in tasks}
+    names = None
+    if config.class_names is not None:
+        names = [line.strip() for line in Path(config.class_names).read_text().splitlines() if line.strip()]
+    sets: list[tuple[list[str], EvalSet]] = [
+        ([task], open_set(task, place)) for task in tasks if task in BENCHMARKS for place in places[task]
+    ]
+    on_source = [task for task in tasks if task in SOURCE_TASKS]
+    for place in dict.fromkeys(place for task in on_source for place in places[task]):
+        data = source_set(open_source(place), place, class_names=names)
+        sets.append(([task for task in on_source if place in places[task]], data))
+    count = Counter(f"{task} {data.name}" for asked, data in sets for task in asked)
+    if twice := [name for name, times in count.items() if times > 1]:
+        raise ValueError(f"the same set twice: {', '.join(twice)}")
+    return sets
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+def _pictures(encoder: Encoder, sets: Sequence[EvalSet], results: Sequence[Result], count: int) -> list[Prediction]:
+    """The encoder's predictions on the first images with named regions of the first set that has some."""
+    for data in sets:
+        names = [one.class_names for one in results if one.data == data.name and one.class_names]
+        shown: list[Loaded] = []
+        if names:
+            unread = Unread(allowed=2**63)
+            for loaded in load(data, data.num_images, 16, unread):
+                shown += [one for one in loaded if one.item.texts]
+                if len(shown) >= count:
+                    break
+        if shown:
+            return predict(encoder, shown[:count], names[0])
+    return []
+
+
+def _write_folder(
+    out: Path, config: EvalConfig, results: Sequence[Result], pictures: Sequence[Prediction], table: str
 ) -> None:
-    """Adds the scores of the tasks on a source, and the pictures of the first encoder."""
-    outcome.evaluations.append(
-        evaluate(
-            encoder,
-            outcome.samples,
-            tasks=tasks,
-            class_names=names,
-            batch_size=config.batch_size,
-            dtype=config.dtype,
-        )
-    )
-    if not outcome.pictures and config.out is not None and config.num_pictures:
-        shown = [sample for sample in outcome.samples if len(sample.boxes)][: config.num_pictures]
-        outcome.pictures = predict(encoder, shown, names or class_names(outcome.samples), dtype=config.dtype)
-
-
-def _write_folder(out: Path, config: EvalConfig, outcome: _Outcome) -> None:
     """metrics.json (headline scores by encoder), evaluation.json (all), evaluation.md and report.html."""
-    out.mkdir(parents=True, exist_ok=True)
-    flat: dict[str, dict[str, Any]] = {e.encoder: dict(flat_metrics(e)) for e in outcome.evaluations}
-    for result in outcome.results:
-        scores = {f"{result.task} {key}": score.value for key, score in result.scores.items() if score.count}
-        flat.setdefault(result.encoder, {}).update(scores)
-    write_text(out / "metrics.json", json.dumps(flat, indent=2) + "\n")
-    write_text(out / "evaluation.json", to_json(outcome.evaluations, outcome.results))
-    write_text(out / "evaluation.md", to_markdown(outcome.evaluations, outcome.results))
-    if not outcome.evaluations:
-        return
+    files.write_json(out / "metrics.json", flat_metrics(results))
+    files.write_text(out / "evaluation.json", to_json(results))
+    files.write_text(out / "evaluation.md", table)
     runs = {Path(parse_model(spec)[1]).resolve().parent for spec in config.model}
-    count, unusable = len(outcome.samples), dict(outcome.unusable)
-    facts = {
-        "data": ", ".join(config.data),
-        "images": f"{count:,}" + (f" (unusable: {unusable})" if unusable else ""),
-        "encoders": "; ".join(config.model),
-        "precision": config.dtype,
-    }
+    encoders = list(dict.fromkeys(result.encoder for result in results))
     write_html_report(
         out / "report.html",
         title=config.title,
-        lede=f"{len(outcome.evaluations)} encoders on the same {count:,} images of {', '.join(config.data)}.",
-        evaluations=outcome.evaluations,
+        lede=f"{len(encoders)} encoder{'s' * (len(encoders) > 1)} on the same images of {', '.join(config.data)}.",
+        results=results,
         logs={run.name: run / "log.jsonl" for run in sorted(runs) if (run / "log.jsonl").is_file()},
-        pictures=outcome.pictures,
-        facts=facts,
+        pictures=pictures,
+        facts={
+            "data": ", ".join(config.data),
+            "encoders": "; ".join(config.model),
+            "precision": ", ".join(dict.fromkeys(result.precision for result in results)),
+        },
     )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that appears whole; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

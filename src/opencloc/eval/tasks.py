@@ -1,58 +1,321 @@
-"""Runs the evaluation tasks: samples through an encoder, embeddings into metrics.
+"""The kinds of question: what is a query, what is a candidate, what is a hit.  One function for each kind.
 
-This file owns the protocols: what is a query, what is a candidate, what is left out and counted.  The arithmetic is in
-`metrics.py`, encoders in `encoders.py`, tables in `report.py`.  One pass over the samples; each image is encoded once,
-whatever the number of its boxes and tasks, and each distinct text once per run.
+A task is a generator: it takes the batches of one pass over a set and returns its scores when there are no more, so
+any number of tasks shares one pass.  Each image is encoded once, whatever the number of its boxes and texts, and each
+distinct text once.  Ties always count against the encoder (`metrics.py`).
 
-Symbols: B images in a batch, P boxes or texts of one image, E width of the joint embedding.
+Symbols: B images in a batch, R boxes, C classes, E width of the joint embedding.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, Literal, get_args
+from functools import cached_property
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
-from opencloc.boxes import area, iou
-from opencloc.data.sample import Sample
 from opencloc.eval import metrics
-from opencloc.eval.encoders import Encoder
-from opencloc.eval.text_bank import NO_CLASSES, Dtype, TextBank, check_names, inference
+from opencloc.eval.encoders import EncodedImages, Encoder
+from opencloc.eval.metrics import Rows, Score, Scorer, by_size
+from opencloc.eval.sets.item import (
+    BOXES,
+    IMAGES,
+    NO_CAPTIONS,
+    NO_REGIONS,
+    TEXTS,
+    EvalSet,
+    Item,
+    Loaded,
+    Skipped,
+    merge_names,
+    pixel_areas,
+)
+from opencloc.eval.text_bank import TextBank
 from opencloc.texts import canonical
 
-Task = Literal["region_recognition", "region_retrieval", "image_retrieval", "grounding"]
-TASKS: tuple[Task, ...] = get_args(Task)
-
-NO_REGIONS = "image without regions"
-NO_CAPTIONS = "image without captions"
-UNKNOWN_CLASS = "region text is not among the class names"
-AMBIGUOUS = "text names several regions of its image"
-CANNOT_GROUND = "this encoder cannot ground"
+UNKNOWN_CLASS = "of none of the classes"
+AMBIGUOUS, NO_QUERIES = "naming several regions of their image", "without a text that names one region"
+CANNOT_GROUND = "asked of an encoder that cannot ground"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Scores of one encoder.  A task that was not asked for, or had nothing to score, is None.
+class Batch:
+    """Some encoded images of a set."""
 
-    `skipped` counts what each task left out, by reason: images, regions or queries as the reason says.
+    def __init__(self, encoder: Encoder, loaded: Sequence[Loaded], encoded: EncodedImages) -> None:
+        self.encoder, self.loaded, self.encoded = encoder, loaded, encoded
+        self.numbers = [one.number for one in loaded]
+        self.items = [one.item for one in loaded]
+
+    @cached_property
+    def regions(self) -> list[Tensor]:
+        """The embeddings (R, E) of each image's boxes."""
+        boxes = [item.boxes for item in self.items]
+        if not any(map(len, boxes)):
+            return [self.encoded.embedding[:0].float() for _ in boxes]
+        return [rows.float() for rows in self.encoder.encode_regions(self.encoded, boxes)]
+
+    def repeat(self, counts: Sequence[int]) -> np.ndarray:
+        """The number of each image as often as `counts` says."""
+        return np.repeat(np.array(self.numbers), counts)
+
+    def areas_px(self, boxes: Sequence[np.ndarray]) -> np.ndarray:
+        """Areas of all images' boxes in pixels of the images as they were annotated."""
+        return np.concatenate(
+            [pixel_areas(rows, one.annotated_px) for rows, one in zip(boxes, self.loaded, strict=True)]
+        )
+
+
+@dataclass(kw_only=True)
+class Ask:
+    """What a task works with, and what it tells besides its scores."""
+
+    encoder: Encoder
+    data: EvalSet
+    bank: TextBank
+    resamples: int
+    skipped: Skipped = field(default_factory=Counter)
+    num_images: int = 0  # that had a query
+    class_names: tuple[str, ...] = ()  # candidates
+
+    def scorer(self, images: np.ndarray) -> Scorer:
+        """The scorer of all queries, by the numbers of their images."""
+        self.num_images = len(np.unique(images))
+        return Scorer(images, resamples=self.resamples)
+
+    def with_regions(self, batch: Batch) -> list[Item]:
+        """The items of a batch that have regions; the others are counted."""
+        items = [item for item in batch.items if len(item.boxes)]
+        self.skipped[IMAGES, NO_REGIONS] += len(batch.items) - len(items)
+        return items
+
+
+Scores = dict[str, Score]
+Task = Callable[[Ask], Generator[None, Batch | None, Scores]]
+
+
+# -- whole images ------------------------------------------------------------------------------------------------------
+
+
+def classify_images(ask: Ask) -> Generator[None, Batch | None, Scores]:
+    """Name each image among the class names, bare and by the mean over templates if there are any."""
+    ask.class_names, templates = ask.data.class_names, ask.data.templates
+    ways = {"bare name": ask.bank.of(ask.class_names)}
+    if templates:
+        ways[f"{len(templates)} templates"] = ask.bank.by_templates(ask.class_names, templates)
+    rows = Rows()
+    while (batch := (yield)) is not None:
+        labels = torch.tensor([item.label for item in batch.items], device=ask.encoder.device)
+        embedding = batch.encoded.embedding.float()
+        ranks = {way: metrics.class_ranks(embedding, classes, labels) for way, classes in ways.items()}
+        rows.add(images=batch.numbers, labels=labels, **ranks)
+    if not len(rows):
+        return {}
+    scorer, images, labels = ask.scorer(rows["images"]), rows["images"], rows["labels"]
+    for way in ways:
+        key, of = ("", "_templates")[way != "bare name"], f"{len(labels):,} images"
+        for k in (1, 5):
+            scorer.add(f"top{k}{key}", f"top-{k}, {way}", rows[way] <= k, images, of=of)
+        present = f"{len(np.unique(labels)):,} classes present of {len(ask.class_names):,}"
+        scorer.add(f"macc{key}", f"mAcc, {way}", rows[way] == 1, images, of=present, cells=labels)
+    return scorer.scores
+
+
+def retrieve_images(ask: Ask) -> Generator[None, Batch | None, Scores]:
+    """Every image against all captions, every caption against all images; any caption of an image is a hit."""
+    numbers, embeddings, pairs = [], [], []
+    while (batch := (yield)) is not None:
+        texts = ask.bank.ids_per_image([item.captions for item in batch.items])
+        ask.skipped[IMAGES, NO_CAPTIONS] += sum(not of_image for of_image in texts)
+        for number, embedding, of_image in zip(batch.numbers, batch.encoded.embedding.float(), texts, strict=True):
+            if of_image:
+                pairs += [(len(numbers), text) for text in of_image]
+                numbers.append(number)
+                embeddings.append(embedding)
+    if not numbers:
+        return {}
+    to_text, from_text = _both_ways(torch.stack(embeddings), pairs, ask.bank)
+    images = np.array(numbers)
+    of_caption = images[[row for row, _ in pairs]]
+    scorer = ask.scorer(images)
+    scorer.add_recall(to_text, images, key="i2t", label="image to text", what="images", gallery=len(pairs))
+    scorer.add_recall(from_text, of_caption, key="t2i", label="text to image", what="captions", gallery=len(images))
+    return scorer.scores
+
+
+# -- regions -----------------------------------------------------------------------------------------------------------
+
+
+def recognise_regions(ask: Ask) -> Generator[None, Batch | None, Scores]:
+    """Name each given box among all class names, bare.
+
+    They are those of the set, else the distinct texts of its regions.
     """
+    rows, embeddings, texts = Rows(), [], []
+    known, _ = merge_names(ask.data.class_names)
+    classes, label_of = ask.bank.of(known), {name: label for label, name in enumerate(known)}
+    while (batch := (yield)) is not None:
+        if not ask.with_regions(batch):
+            continue
+        names = [canonical(text) for item in batch.items for text in item.texts]
+        counts, boxes = [len(item.boxes) for item in batch.items], [item.boxes for item in batch.items]
+        regions, images, areas = torch.cat(batch.regions), batch.repeat(counts), batch.areas_px(boxes)
+        if known:
+            inside = [row for row, name in enumerate(names) if name in label_of]
+            ask.skipped[BOXES, UNKNOWN_CLASS] += len(names) - len(inside)
+            ask.skipped[IMAGES, UNKNOWN_CLASS] += len(set(images.tolist())) - len(set(images[inside].tolist()))
+            if not inside:
+                continue
+            labels = torch.tensor([label_of[names[row]] for row in inside], device=regions.device)
+            ranks = metrics.class_ranks(regions[inside], classes, labels)
+            rows.add(images=images[inside], areas=areas[inside], labels=labels, ranks=ranks)
+        else:  # the classes are known at the end only
+            ask.bank.ids(names)
+            rows.add(images=images, areas=areas)
+            embeddings.append(regions)
+            texts += names
+    if not len(rows):
+        return {}
+    ask.class_names = known or tuple(dict.fromkeys(texts))
+    if known:
+        labels, ranks = rows["labels"], rows["ranks"]
+    else:
+        label_of = {name: label for label, name in enumerate(ask.class_names)}
+        labels = np.array([label_of[name] for name in texts])
+        regions = torch.cat(embeddings)
+        own = torch.from_numpy(labels).to(regions.device)
+        ranks = metrics.class_ranks(regions, ask.bank.of(ask.class_names), own).cpu().numpy()
+    images, hits = rows["images"], ranks == 1
+    parts = {"": np.ones(len(hits), dtype=bool)} | by_size(rows["areas"])
+    if ask.data.class_groups:
+        groups = np.array(ask.data.class_groups)[labels]
+        parts |= {group: groups == group for group in ("rare", "common", "frequent")}
+    scorer = ask.scorer(images)
+    for part, inside in parts.items():
+        scorer.add_accuracy(
+            hits[inside], images[inside], labels[inside], what="boxes", classes=len(ask.class_names), part=part
+        )
+    return scorer.scores
 
-    encoder: str
-    images: int
-    dtype: Dtype
-    region_recognition: metrics.RegionRecognition | None = None
-    region_retrieval: metrics.Retrieval | None = None
-    image_retrieval: metrics.Retrieval | None = None
-    grounding: metrics.Grounding | None = None
-    skipped: dict[str, dict[str, int]] = field(default_factory=dict)
+
+def retrieve_regions(ask: Ask) -> Generator[None, Batch | None, Scores]:
+    """Every region against all region texts, and back; equal texts are all hits."""
+    rows, embeddings, texts = Rows(), [], []
+    while (batch := (yield)) is not None:
+        if ask.with_regions(batch):
+            embeddings += batch.regions
+            texts += ask.bank.ids([text for item in batch.items for text in item.texts])
+            boxes = [item.boxes for item in batch.items]
+            rows.add(images=batch.repeat([len(of_image) for of_image in boxes]), areas=batch.areas_px(boxes))
+    if not len(rows):
+        return {}
+    both = _both_ways(torch.cat(embeddings), list(enumerate(texts)), ask.bank)
+    scorer, images = ask.scorer(rows["images"]), rows["images"]
+    for key, label, ranks in zip(("r2t", "t2r"), ("region to text", "text to region"), both, strict=True):
+        scorer.add_recall(ranks, images, key=key, label=label, what="regions", gallery=len(texts))
+        for size, inside in by_size(rows["areas"]).items():
+            of = f"{inside.sum():,} regions among {len(texts):,}"
+            name = f"{key}_r10_{size.split(' ')[0]}"
+            scorer.add(name, f"{label} R@10, {size}", ranks[inside] <= 10, images[inside], of=of)
+    return scorer.scores
+
+
+def choose_texts(ask: Ask) -> Generator[None, Batch | None, Scores]:
+    """Rank each box's true text among its own false ones."""
+    rows, rivals = Rows(), set()
+    while (batch := (yield)) is not None:
+        if not ask.with_regions(batch):
+            continue
+        ids = ask.bank.ids_per_image([choices for item in batch.items for choices in item.choices])
+        right = []
+        for region, choices in zip(torch.cat(batch.regions), ids, strict=True):
+            (similarity,) = metrics.cosines(region[None], ask.bank.embeddings(choices))
+            right.append(bool((similarity[1:] < similarity[0] - metrics.TIE).all()))
+            rivals.add(len(choices) - 1)
+        boxes = [item.boxes for item in batch.items]
+        rows.add(images=batch.repeat([len(of_image) for of_image in boxes]), areas=batch.areas_px(boxes), right=right)
+    if not len(rows):
+        return {}
+    scorer, images, right = ask.scorer(rows["images"]), rows["images"], rows["right"]
+    among = f"{min(rivals)}" if len(rivals) == 1 else f"{min(rivals)} to {max(rivals)}"
+    scorer.add("top1", "top-1", right, images, of=f"{len(right):,} boxes, each against {among} false texts")
+    for size, inside in by_size(rows["areas"]).items():
+        of = f"{inside.sum():,} boxes"
+        scorer.add(f"top1_{size.split(' ')[0]}", f"top-1, {size}", right[inside], images[inside], of=of)
+    return scorer.scores
+
+
+# -- grounding ---------------------------------------------------------------------------------------------------------
+
+
+def ground_texts(ask: Ask) -> Generator[None, Batch | None, Scores]:
+    """Find the box of each text that names one region of its image; right at plain IoU ≥ 0.5.
+
+    A text with several boxes is right by the any-box protocol if the found box has IoU >= 0.5 with one of them, by the
+    merged-box protocol if it has with the box around all of them.  A found box that is empty or not a number is wrong.
+    """
+    rows = Rows()
+    while (batch := (yield)) is not None:
+        for item in batch.items:  # of a public set they have queries only
+            ask.skipped[TEXTS, AMBIGUOUS] += max(0, len(item.texts) - len(item.queries))
+            if not item.queries:
+                ask.skipped[IMAGES, NO_QUERIES if item.texts else NO_REGIONS] += 1
+        counts = [len(item.queries) for item in batch.items]
+        if not sum(counts):
+            continue
+        ids = ask.bank.ids_per_image([item.queries for item in batch.items])
+        found = ask.encoder.ground(batch.encoded, [ask.bank.embeddings(of_image) for of_image in ids])
+        if found is None:
+            ask.skipped[TEXTS, CANNOT_GROUND] += sum(counts)
+            continue
+        hulls = [_hulls(item.truths) for item in batch.items]
+        any_box, merged = [], []
+        for item, boxes, hull in zip(batch.items, found, hulls, strict=True):
+            boxes = boxes.cpu()
+            any_box += [metrics.overlaps(box, truth).max() for box, truth in zip(boxes, item.truths, strict=True)]
+            merged += metrics.overlaps(boxes, hull).tolist()
+        several = [len(truth) > 1 for item in batch.items for truth in item.truths]
+        areas = batch.areas_px(hulls)
+        rows.add(images=batch.repeat(counts), areas=areas, any_box=any_box, merged=merged, several=several)
+    if not len(rows):
+        return {}
+    scorer, images = ask.scorer(rows["images"]), rows["images"]
+    threshold = 0.5 - metrics.TIE  # IoUs come from float32 boxes: exactly one half must count as one half
+    columns = {"": ("IoU ≥ 0.5", rows["any_box"])}
+    if rows["several"].any():
+        columns = {
+            "_any": ("IoU ≥ 0.5 with any box", rows["any_box"]),
+            "_merged": ("IoU ≥ 0.5 with the box around all", rows["merged"]),
+        }
+    for key, (label, overlap) in columns.items():
+        hits, of = overlap >= threshold, f"{len(images):,} texts"
+        scorer.add(f"acc50{key}", label, hits, images, of=of)
+        scorer.add(f"miou{key}", label.replace("IoU ≥ 0.5", "mean IoU"), overlap, images, of=of)
+        for size, inside in by_size(rows["areas"]).items():
+            name = f"acc50{key}_{size.split(' ')[0]}"
+            scorer.add(name, f"{label}, {size}", hits[inside], images[inside], of=f"{inside.sum():,} texts")
+    return scorer.scores
+
+
+def _hulls(truths: Sequence[np.ndarray]) -> np.ndarray:
+    """For each text the box around all of its boxes: (P, 4)."""
+    hulls = [np.concatenate([boxes[:, :2].min(0), boxes[:, 2:].max(0)]) for boxes in truths]
+    return np.array(hulls, dtype=np.float32).reshape(-1, 4)
+
+
+def _both_ways(items: Tensor, pairs: Sequence[tuple[int, int]], bank: TextBank) -> tuple[np.ndarray, np.ndarray]:
+    """`metrics.retrieval_ranks` of items and the texts (numbers in the bank) they are paired with."""
+    ids = sorted({text for _, text in pairs})
+    place = {text: row for row, text in enumerate(ids)}
+    rows = torch.tensor([(item, place[text]) for item, text in pairs], device=items.device)
+    to_text, from_text = metrics.retrieval_ranks(items, bank.embeddings(ids), rows)
+    return to_text.cpu().numpy(), from_text.cpu().numpy()
+
+
+# -- a few images to look at -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,241 +324,48 @@ class Grounded:
 
     text: str
     box: np.ndarray  # (4,) normalised to the image
-    truth: np.ndarray  # (4,) the text's own region
+    truth: np.ndarray  # (4,) the text's own box
     iou: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What an encoder says of one sample: a class name for every region, a box for every unambiguous text."""
+    """What an encoder says of one image: a class name for every box, a box for every query with one box."""
 
-    sample: Sample
-    names: tuple[str, ...]  # one per region
+    loaded: Loaded
+    names: tuple[str, ...]  # one per box
     correct: tuple[bool, ...]
     grounded: tuple[Grounded, ...]  # empty if the encoder cannot ground
 
 
-def evaluate(
-    encoder: Encoder,
-    samples: Iterable[Sample],
-    *,
-    tasks: Sequence[Task] = TASKS,
-    class_names: Sequence[str] | None = None,
-    batch_size: int = 32,
-    dtype: Dtype = "float32",
-    progress: bool = True,
-) -> Evaluation:
-    """Scores of `encoder` on `samples` for each of `tasks`.
-
-    * `region_recognition`: name each given box among `class_names` (default: the distinct region texts of the samples).
-    * `region_retrieval`: every region against all region texts, and back; identical texts are all hits.
-    * `image_retrieval`: every image against all captions, and back; all captions of an image are hits.
-    * `grounding`: the box of each region text that names one region of its image only.
-
-    `batch_size` counts images.  `dtype` is the autocast type of the encoder; scores are always float32.  `progress`
-    draws on stderr, if that is a terminal.  Raises ValueError for an unknown task, a duplicated class name, or if there
-    are no samples.
-    """
-    _check_arguments(tasks, batch_size, dtype)
-    names = None if class_names is None else check_names(class_names)
-    bank, collected = TextBank(encoder), _Collected()
-    if progress:
-        total = len(samples) if isinstance(samples, Sized) else None
-        console = Console(stderr=True)
-        hidden = not console.is_terminal
-        samples = track(samples, f"evaluating {encoder.name}", total=total, console=console, disable=hidden)
-    with inference(encoder, dtype):
-        classes = None if names is None else bank.ids(names)
-        for batch in _batches(samples, batch_size):
-            _collect(encoder, batch, tasks, bank, collected)
-    if not collected.images:
-        raise ValueError("no samples to evaluate on")
-    return Evaluation(
-        encoder=encoder.name, images=collected.images, dtype=dtype, **_score(tasks, classes, bank, collected)
-    )
-
-
-def predict(
-    encoder: Encoder, samples: Sequence[Sample], class_names: Sequence[str], *, dtype: Dtype = "float32"
-) -> list[Prediction]:
-    """The class name of every region and the box of every unambiguous text, for a few samples (to be shown).
+def predict(encoder: Encoder, loaded: Sequence[Loaded], class_names: Sequence[str]) -> list[Prediction]:
+    """The class name of every box and the box of every query, for a few images (to be shown).
 
     Names that differ in case or spacing only are one class.  Raises ValueError if there is none.
     """
-    names = list(dict.fromkeys(map(canonical, class_names)))
+    names, _ = merge_names(class_names)
     if not names:
-        raise ValueError(NO_CLASSES)
-    if not samples:
+        raise ValueError("no class names to choose from")
+    if not loaded:
         return []
-    with inference(encoder, dtype):
-        bank = TextBank(encoder)
-        classes = bank.embeddings(bank.ids(names))
-        encoded = encoder.encode_images([sample.image for sample in samples])
-        regions = encoder.encode_regions(encoded, [sample.boxes for sample in samples])
-        queries = [_unambiguous(sample.texts) for sample in samples]
-        ids = bank.ids_per_image([[s.texts[row] for row in rows] for s, rows in zip(samples, queries, strict=True)])
-        found = encoder.ground(encoded, [bank.embeddings(i) for i in ids])
+    bank = TextBank(encoder)
+    with torch.inference_mode():
+        classes = bank.of(names)
+        batch = Batch(encoder, loaded, encoder.encode_images([one.image for one in loaded]))
+        ids = bank.ids_per_image([item.queries for item in batch.items])
+        found = encoder.ground(batch.encoded, [bank.embeddings(of_image) for of_image in ids])
+        best_names = [metrics.cosines(rows, classes).argmax(1).tolist() for rows in batch.regions]
     predictions = []
-    for i, sample in enumerate(samples):
-        said = [names[j] for j in metrics.cosines(regions[i], classes).argmax(1).tolist()]
+    for i, one in enumerate(loaded):
+        said = [names[j] for j in best_names[i]]
         grounded = []
-        if found is not None:
-            for row, box in zip(queries[i], found[i].float().cpu(), strict=True):
-                truth = sample.boxes[row]
-                overlap = iou(box, torch.from_numpy(truth)).item()
-                grounded.append(Grounded(text=sample.texts[row], box=box.numpy(), truth=truth, iou=overlap))
-        correct = tuple(name == canonical(text) for name, text in zip(said, sample.texts, strict=True))
-        predictions.append(Prediction(sample=sample, names=tuple(said), correct=correct, grounded=tuple(grounded)))
+        for text, truth, box in zip(one.item.queries, one.item.truths, found[i] if found else (), strict=False):
+            overlap = metrics.overlaps(box.cpu(), truth)
+            best = int(overlap.argmax())
+            box = box.float().cpu().numpy()
+            grounded.append(Grounded(text=text, box=box, truth=truth[best], iou=float(overlap[best])))
+        correct = tuple(name == canonical(text) for name, text in zip(said, one.item.texts, strict=True))
+        predictions.append(
+            Prediction(loaded=one, names=tuple(said), correct=correct, grounded=tuple(grounded))
+        )  # fmt: skip
     return predictions
-
-
-def flat_metrics(evaluation: Evaluation) -> dict[str, float]:
-    """The headline scores under short keys, in [0, 1]: what `metrics.json` of the quickstart holds.
-
-    `region_top1`, `region_macc`, `i2t_r1`, `t2i_r1`, `ground_acc50`, `ground_miou`; each only if it was measured.
-    """
-    flat: dict[str, float] = {}
-    if (recognition := evaluation.region_recognition) is not None:
-        flat |= {"region_top1": recognition.overall.top1, "region_macc": recognition.overall.macc}
-    if (images := evaluation.image_retrieval) is not None:
-        flat |= {"i2t_r1": images.to_text.r1, "t2i_r1": images.from_text.r1}
-    if (boxes := evaluation.grounding) is not None:
-        flat |= {"ground_acc50": boxes.acc50, "ground_miou": boxes.mean_iou}
-    return flat
-
-
-# -- the pass over the samples -----------------------------------------------------------------------------------------
-
-
-@dataclass(kw_only=True)
-class _Collected:
-    """Everything the metrics need, gathered batch by batch."""
-
-    images: int = 0
-    skipped: dict[str, Counter[str]] = field(default_factory=dict)
-    image_embeddings: list[Tensor] = field(default_factory=list)  # of images with captions
-    caption_pairs: list[tuple[int, int]] = field(default_factory=list)  # (image among those, text id)
-    region_embeddings: list[Tensor] = field(default_factory=list)
-    region_areas: list[Tensor] = field(default_factory=list)
-    region_texts: list[int] = field(default_factory=list)  # text id of each region
-    found: list[Tensor] = field(default_factory=list)
-    truth: list[Tensor] = field(default_factory=list)
-
-    def skip(self, task: Task, reason: str, count: int = 1) -> None:
-        if count:
-            self.skipped.setdefault(task, Counter())[reason] += count
-
-
-def _collect(
-    encoder: Encoder, batch: Sequence[Sample], tasks: Sequence[Task], bank: TextBank, collected: _Collected
-) -> None:
-    """One batch: encode its images once, then what each task needs of them."""
-    collected.images += len(batch)
-    encoded = encoder.encode_images([sample.image for sample in batch])
-    captions = [[caption for caption in sample.captions if caption.strip()] for sample in batch]
-    with_regions = [i for i, sample in enumerate(batch) if sample.texts]
-
-    if "image_retrieval" in tasks:
-        collected.skip("image_retrieval", NO_CAPTIONS, sum(not of_image for of_image in captions))
-        for embedding, ids in zip(encoded.embedding, bank.ids_per_image(captions), strict=True):
-            if ids:
-                collected.caption_pairs += [(len(collected.image_embeddings), text) for text in ids]
-                collected.image_embeddings.append(embedding.float())
-
-    if "region_recognition" in tasks or "region_retrieval" in tasks:
-        regions = encoder.encode_regions(encoded, [sample.boxes for sample in batch]) if with_regions else []
-        for i in with_regions:
-            collected.region_embeddings.append(regions[i].float())
-            collected.region_areas.append(torch.from_numpy(area(batch[i].boxes)))
-        collected.region_texts += bank.ids(text for i in with_regions for text in batch[i].texts)
-    for task in ("region_recognition", "region_retrieval", "grounding"):
-        if task in tasks:
-            collected.skip(task, NO_REGIONS, len(batch) - len(with_regions))
-
-    if "grounding" in tasks:
-        queries = [_unambiguous(sample.texts) for sample in batch]
-        num_queries = sum(map(len, queries))
-        collected.skip("grounding", AMBIGUOUS, sum(len(sample.texts) for sample in batch) - num_queries)
-        if not num_queries:
-            return
-        ids = bank.ids_per_image([[s.texts[row] for row in rows] for s, rows in zip(batch, queries, strict=True)])
-        found = encoder.ground(encoded, [bank.embeddings(i) for i in ids])
-        if found is None:
-            collected.skip("grounding", CANNOT_GROUND, num_queries)
-            return
-        for sample, rows, boxes in zip(batch, queries, found, strict=True):
-            if rows:
-                collected.found.append(boxes.float().cpu())
-                collected.truth.append(torch.from_numpy(sample.boxes[rows]))
-
-
-def _unambiguous(texts: Sequence[str]) -> list[int]:
-    """Which of an image's region texts name one region only."""
-    count = Counter(map(canonical, texts))
-    return [row for row, text in enumerate(texts) if count[canonical(text)] == 1]
-
-
-# -- from what was gathered to scores ----------------------------------------------------------------------------------
-
-
-def _score(
-    tasks: Sequence[Task], classes: Sequence[int] | None, bank: TextBank, collected: _Collected
-) -> dict[str, Any]:
-    """The scores of an `Evaluation` and what was skipped; `classes` are numbers in the bank."""
-    scores: dict[str, Any] = {}
-    if "region_recognition" in tasks and collected.region_texts:
-        scores["region_recognition"] = _score_recognition(classes, bank, collected)
-    if "region_retrieval" in tasks and collected.region_texts:
-        regions = torch.cat(collected.region_embeddings)
-        scores["region_retrieval"] = _score_retrieval(regions, list(enumerate(collected.region_texts)), bank)
-    if "image_retrieval" in tasks and collected.image_embeddings:
-        images = torch.stack(collected.image_embeddings)
-        scores["image_retrieval"] = _score_retrieval(images, collected.caption_pairs, bank)
-    if "grounding" in tasks and collected.truth:
-        scores["grounding"] = metrics.grounding(torch.cat(collected.found), torch.cat(collected.truth))
-    return scores | {"skipped": {task: dict(reasons) for task, reasons in collected.skipped.items()}}
-
-
-def _score_recognition(
-    classes: Sequence[int] | None, bank: TextBank, collected: _Collected
-) -> metrics.RegionRecognition | None:
-    """None where not one region has a text among the class names."""
-    ids = sorted(set(collected.region_texts)) if classes is None else classes
-    place = {text: label for label, text in enumerate(ids)}
-    known = [row for row, text in enumerate(collected.region_texts) if text in place]
-    collected.skip("region_recognition", UNKNOWN_CLASS, len(collected.region_texts) - len(known))
-    if not known:
-        return None
-    regions = torch.cat(collected.region_embeddings)[known]
-    labels = torch.tensor([place[collected.region_texts[row]] for row in known], device=regions.device)
-    areas = torch.cat(collected.region_areas)[known].to(regions.device)
-    return metrics.region_recognition(regions, bank.embeddings(ids), labels, areas)
-
-
-def _score_retrieval(items: Tensor, pairs: Sequence[tuple[int, int]], bank: TextBank) -> metrics.Retrieval:
-    """Retrieval between items and the texts they are paired with; `pairs` are (item, number in the bank)."""
-    ids = sorted({text for _, text in pairs})
-    place = {text: row for row, text in enumerate(ids)}
-    rows = torch.tensor([(item, place[text]) for item, text in pairs], device=items.device)
-    return metrics.retrieval(items, bank.embeddings(ids), rows)
-
-
-# -- small things ------------------------------------------------------------------------------------------------------
-
-
-def _check_arguments(tasks: Sequence[str], batch_size: int, dtype: str) -> None:
-    for task in tasks:
-        if task not in TASKS:
-            raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
-    if not tasks:
-        raise ValueError(f"no task given; there are {', '.join(TASKS)}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, must be >= 1")
-    if dtype not in get_args(Dtype):
-        raise ValueError(f"dtype is {dtype!r}, must be one of {', '.join(get_args(Dtype))}")
-
-
-def _batches(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
-    iterator = iter(samples)
-    while batch := list(islice(iterator, size)):
-        yield batch

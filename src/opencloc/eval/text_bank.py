@@ -1,16 +1,13 @@
-"""TextBank: embeddings of texts, each distinct text encoded once per run.
+"""Embeddings of texts, each distinct text encoded once per run.
 
-Texts are compared and encoded in lower case with single spaces (`canonical`), so "Dog" and "dog" are one text.
+Texts are compared and encoded in one form (`texts.canonical`), so "Dog" and "dog" are one text.
 
-Symbols: C texts or classes, E width of the joint embedding.
+Symbols: C texts or classes, P texts of one image, E width of the joint embedding.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Literal
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -20,8 +17,6 @@ from torch.nn import functional as F
 from opencloc.eval.encoders import Encoder
 from opencloc.texts import canonical
 
-Dtype = Literal["float32", "bfloat16"]
-NO_CLASSES = "no class names to choose from"
 CLASSES_AT_ONCE = 16  # classes whose templates are encoded together
 
 
@@ -34,12 +29,14 @@ class TextBank:
         self._rows: list[Tensor] = []
 
     def ids(self, texts: Iterable[str]) -> list[int]:
-        """Numbers of the texts; the new ones are encoded together."""
+        """Numbers of the texts; the new ones are encoded together.  Raises ValueError if an embedding is not finite."""
         texts = [canonical(text) for text in texts]
         new = [text for text in dict.fromkeys(texts) if text not in self._ids]
         if new:
+            rows = self._encoder.encode_texts(new).float()
+            check_finite(self._encoder, "text", rows)
             self._ids |= {text: len(self._ids) + i for i, text in enumerate(new)}
-            self._rows += self._encoder.encode_texts(new).float().unbind()
+            self._rows += rows.unbind()
         return [self._ids[text] for text in texts]
 
     def ids_per_image(self, texts: Sequence[Sequence[str]]) -> list[list[int]]:
@@ -51,29 +48,20 @@ class TextBank:
         """Embeddings (P, E) by number; (0, 0) for none."""
         return torch.stack([self._rows[i] for i in ids]) if ids else torch.zeros(0, 0)
 
+    def of(self, texts: Iterable[str]) -> Tensor:
+        """Embeddings (P, E) of some texts."""
+        return self.embeddings(self.ids(texts))
 
-def check_names(class_names: Sequence[str]) -> list[str]:
-    """The names in canonical form.  Raises ValueError if there is none, or two are the same."""
-    count = Counter(map(canonical, class_names))
-    if not count:
-        raise ValueError(NO_CLASSES)
-    if twice := [name for name, times in count.items() if times > 1]:
-        raise ValueError(f"class names appear twice (case and spacing aside): {', '.join(twice[:5])}")
-    return list(count)
-
-
-def template_embeddings(encoder: Encoder, names: Sequence[str], templates: Sequence[str]) -> Float[Tensor, "C E"]:
-    """Of each class the normalised mean of its name's embeddings in all templates (CLIP paper, section 3.1.4)."""
-    rows = []
-    for i in range(0, len(names), CLASSES_AT_ONCE):
-        texts = [canonical(t.replace("{}", name)) for name in names[i : i + CLASSES_AT_ONCE] for t in templates]
-        rows.append(encoder.encode_texts(texts).float().unflatten(0, (-1, len(templates))).mean(1))
-    return F.normalize(torch.cat(rows), dim=-1)
+    def by_templates(self, names: Sequence[str], templates: Sequence[str]) -> Float[Tensor, "C E"]:
+        """Of each class the normalised mean of its name's embeddings in all templates (CLIP paper, section 3.1.4)."""
+        rows = []
+        for i in range(0, len(names), CLASSES_AT_ONCE):
+            texts = [canonical(t.replace("{}", name)) for name in names[i : i + CLASSES_AT_ONCE] for t in templates]
+            rows.append(self._encoder.encode_texts(texts).float().unflatten(0, (-1, len(templates))).mean(1))
+        return F.normalize(torch.cat(rows), dim=-1)
 
 
-@contextmanager
-def inference(encoder: Encoder, dtype: Dtype) -> Iterator[None]:
-    """No gradients, and the encoder under autocast if `dtype` says so."""
-    autocast = torch.autocast(encoder.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
-    with torch.inference_mode(), autocast:
-        yield
+def check_finite(encoder: Encoder, what: str, embeddings: Tensor) -> None:
+    """Raises ValueError naming the encoder if an embedding is not finite: its scores would mean nothing."""
+    if not bool(torch.isfinite(embeddings).all()):
+        raise ValueError(f"{encoder.name}: it gives {what} embeddings that are not finite")

@@ -30,7 +30,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from opencloc.model import towers
 from opencloc.model.packing import PackedTexts, join
-from opencloc.model.prompter import AnchoredBoxHead, CrossPrompter, EncoderPrompter, MlpBoxHead, RoiPrompter
+from opencloc.model.prompter import PROMPTERS, AnchoredBoxHead, CrossPrompter, MlpBoxHead, Prompter
 from opencloc.model.prompts import (
     Box,
     Prompt,
@@ -44,7 +44,11 @@ from opencloc.model.prompts import (
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's clip on the temperature
 POSITION_STD = 0.02  # transformers' initial spread of CLIP's position embeddings
-NO_TEXT_PROMPTS = "the roi Prompter has no text prompts and cannot ground: use prompter='cross' or 'encoder'"
+NO_REGIONS = (
+    "this model's Prompter was never trained (loss.region_weight was 0), it has no regions to offer: "
+    "run `opencloc export` and open that folder by opencloc.load, which pools regions with the tower itself, "
+    "or train with loss.region_weight > 0"
+)
 
 
 @no_type_check  # tests check the types of all calls: that would hide the **kwargs transformers adds to configurations
@@ -53,25 +57,28 @@ class ClocConfig(PreTrainedConfig):
     """Configuration of a `ClocModel`: the towers' own configuration and the region parts.
 
     `clip_config`: any CLIP, SigLIP or SigLIP 2 configuration of transformers.
-    `prompter`: `cross` (default), `encoder` (as published), `roi` (the baseline; it has no text prompts).
+    `prompter`: `cross` (default), `encoder` (as published), `roi` (the baseline), `pool` (the tower's own pooling
+    restricted to the region, nothing to train).  `roi` and `pool` have no text prompts.
     `prompter_heads`: attention heads of `cross`.
     `prior_slope`: initial log slope of the soft spatial prior of `cross`; at 1.5 it is nearly a mean over the box.
-    None: no prior.
+    None: no prior.  `pool` keeps it fixed.
     `shared_positions`: patches carry the position basis of the prompts.
     `box_head`: `anchored` (default) reads the box off an attention map, `mlp` is the published head.
     `roi_size`: bins per side of RoIAlign, for `roi`.
+    `regions_trained`: False where the region parts were left untrained (the CLIP baseline); they then refuse to answer.
     """
 
     model_type = "cloc"
     sub_configs_defaults = {"clip_config": SubConfigSpec(config_class=AutoConfig, model_type="clip")}  # noqa: RUF012
 
     clip_config: dict | PreTrainedConfig | None = None
-    prompter: Literal["cross", "encoder", "roi"] = "cross"
+    prompter: Literal["cross", "encoder", "roi", "pool"] = "cross"
     prompter_heads: int = 4
     prior_slope: float | None = 1.5
     shared_positions: bool = True
     box_head: Literal["anchored", "mlp"] = "anchored"
     roi_size: int = 4
+    regions_trained: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +88,7 @@ class ImageFeatures:
     embedding: Float[Tensor, "B E"]  # of the whole image, L2-normalised
     tokens: Float[Tensor, "B N D"]  # before pooling and projection
     grid: tuple[int, int]  # (rows, columns), rows * columns = N
+    pool_input: Float[Tensor, "B L D"] | None = None  # for the `pool` Prompter: what the tower's pooling reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,20 +129,9 @@ class ClocModel(PreTrainedModel):
         if towers_model is not None:  # the base class has just reset the choice in the configuration they share
             towers_model.set_attn_implementation(config._attn_implementation or "sdpa")
         self.prompt_encoder = PromptEncoder(width, self.embed_dim, self.grid)
-        self.prompter: nn.Module
-        if config.prompter == "cross":
-            self.prompter = CrossPrompter(
-                width,
-                self.embed_dim,
-                self.grid,
-                num_heads=config.prompter_heads,
-                prior_slope=config.prior_slope,
-                shared_positions=config.shared_positions,
-            )
-        elif config.prompter == "encoder":
-            self.prompter = EncoderPrompter(width, self.embed_dim, self.grid, shared_positions=config.shared_positions)
-        else:
-            self.prompter = RoiPrompter(width, self.embed_dim, self.grid, roi_size=config.roi_size)
+        kind = PROMPTERS[config.prompter]
+        options = {name: self.clip if name == "clip" else getattr(config, name) for name in kind.options}
+        self.prompter: Prompter = kind(width, self.embed_dim, self.grid, **options)
         self.box_head: nn.Module | None = None
         if self.has_text_prompts:
             self.box_head = (
@@ -142,12 +139,18 @@ class ClocModel(PreTrainedModel):
                 if config.box_head == "anchored"
                 else MlpBoxHead(self.embed_dim, width)
             )
-        self.region_logit_scale = nn.Parameter(torch.zeros(()))
+        self.region_logit_scale = None if kind.is_tower_pooling else nn.Parameter(torch.zeros(()))
         self.post_init()
 
     @property
     def has_text_prompts(self) -> bool:
-        return self.config.prompter != "roi"
+        return self.prompter.has_text_prompts
+
+    @property
+    def region_scale(self) -> Float[Tensor, ""]:
+        """What cosines of regions and texts are multiplied by, at most 100; the `pool` Prompter keeps the image's."""
+        log_scale = self.clip.logit_scale.reshape(()) if self.region_logit_scale is None else self.region_logit_scale
+        return log_scale.exp().clamp_max(MAX_LOGIT_SCALE)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Region parts as transformers initialises linear layers; ViT positions start from the prompts' basis."""
@@ -168,7 +171,8 @@ class ClocModel(PreTrainedModel):
                 assert self.config.prior_slope is not None
                 init.constant_(module.log_slope, self.config.prior_slope)
         elif module is self:
-            init.constant_(self.region_logit_scale, 2.6592)  # ln(1 / 0.07), CLIP's
+            if self.region_logit_scale is not None:
+                init.constant_(self.region_logit_scale, 2.6592)  # ln(1 / 0.07), CLIP's
             table, before = towers.position_table(self.clip)
             if self.config.shared_positions and not getattr(table.weight, "_is_hf_initialized", False):
                 self._start_positions_from_basis(table, before)
@@ -208,8 +212,18 @@ class ClocModel(PreTrainedModel):
 
     def encode_image(self, pixel_values: Float[Tensor, "B 3 S S"]) -> ImageFeatures:
         """Features of letterboxed, normalised images: the one pass that all prompts share."""
-        pooled, tokens = towers.vision_forward(self.clip, pixel_values)
-        return ImageFeatures(embedding=_normalize(pooled), tokens=tokens, grid=self.grid)
+        pooled, tokens, pool_input = self._see(pixel_values, None)
+        return ImageFeatures(embedding=_normalize(pooled), tokens=tokens, grid=self.grid, pool_input=pool_input)
+
+    def _see(
+        self, pixel_values: Float[Tensor, "B 3 S S"], kept: Int[Tensor, "B K"] | None
+    ) -> tuple[Float[Tensor, "B E"], Float[Tensor, "B N D"], Float[Tensor, "B L D"] | None]:
+        """(pooled embedding, patch tokens, what the pooling read, where the Prompter needs it)."""
+        if not self.prompter.is_tower_pooling:
+            return *towers.vision_forward(self.clip, pixel_values, kept), None
+        with towers.recorded_pool_input(self.clip) as inputs:
+            pooled, tokens = towers.vision_forward(self.clip, pixel_values, kept)
+        return pooled, tokens, inputs[0]
 
     def encode_text(self, texts: Int[Tensor, "U T"] | PackedTexts) -> Float[Tensor, "U E"]:
         """L2-normalised embeddings f_T(y); captions, region texts and text prompts share the tower.
@@ -235,8 +249,11 @@ class ClocModel(PreTrainedModel):
         `prompts` is a tensor of boxes (B, P, 4), and the result (B, P, E); or a list with, for each image, boxes
         (P_i, 4) or a list of `Box`, `Point`, `Mask`, `Text` (or tuples of them, which make one prompt of several
         parts), and the result a list of (P_i, E).  Raises ValueError for a box outside [0, 1] or empty, for a text
-        prompt if the Prompter has none, and where images and lists differ in number.
+        prompt if the Prompter has none, for a Prompter that was never trained, and where images and lists differ in
+        number; TypeError for what is no prompt.
         """
+        if not isinstance(prompts, Tensor | Sequence):
+            raise TypeError(f"prompts are a tensor (B, P, 4) or a list for each image, not {type(prompts).__name__}")
         num_images = len(features.tokens)
         if len(prompts) != num_images:
             raise ValueError(f"{num_images} images but prompts for {len(prompts)}")
@@ -251,9 +268,11 @@ class ClocModel(PreTrainedModel):
             check_boxes(padded)
             batch = self.prompt_encoder.boxes(padded)
         else:
+            if not all(isinstance(image, Tensor | Sequence) for image in prompts):
+                raise TypeError("prompts are a list of prompts for each image")
             listed = [[_as_prompt(p) for p in image] for image in prompts]
             if not self.has_text_prompts and any(_has_text(p) for image in listed for p in image):
-                raise ValueError(NO_TEXT_PROMPTS)
+                raise ValueError(self.no_text_prompts())
             counts = [len(image) for image in listed]
             batch = self.prompt_encoder(listed)
         embeddings = self._prompt(features, batch)
@@ -265,13 +284,25 @@ class ClocModel(PreTrainedModel):
         Raises ValueError if the Prompter has no text prompts.
         """
         if self.box_head is None:
-            raise ValueError(NO_TEXT_PROMPTS)
+            raise ValueError(self.no_text_prompts())
+        self._check_trained()
         boxes = self.box_head(self.prompter(features.tokens, self.prompt_encoder.texts(texts))).clamp(0, 1)
         first, second = boxes.chunk(2, dim=-1)  # the published head does not order its corners
         return torch.cat([torch.minimum(first, second), torch.maximum(first, second)], -1)
 
     def _prompt(self, features: ImageFeatures, prompts: PromptBatch) -> Tensor:
-        return _normalize(self.prompter(features.tokens, prompts).embedding)
+        self._check_trained()
+        tokens = features.tokens if features.pool_input is None else features.pool_input
+        return _normalize(self.prompter(tokens, prompts).embedding)
+
+    def no_text_prompts(self) -> str:
+        """The message of the error where a text is prompted and the Prompter has no text prompts."""
+        able = " or ".join(repr(name) for name, kind in PROMPTERS.items() if kind.has_text_prompts)
+        return f"the {self.config.prompter} Prompter has no text prompts and cannot ground: use prompter={able}"
+
+    def _check_trained(self) -> None:
+        if not self.config.regions_trained and not self.prompter.is_tower_pooling:
+            raise ValueError(NO_REGIONS)
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -290,7 +321,9 @@ class ClocModel(PreTrainedModel):
         Without boxes only the image-text part is computed (the CLIP baseline).  `kept`: of each image, the numbers of
         the patches that are looked at (FLIP, Li et al. 2023); None: all.  Raises ValueError if the Prompter needs all.
         """
-        pooled, tokens = towers.vision_forward(self.clip, pixel_values, kept)
+        if kept is not None and not self.prompter.allows_patch_dropout:
+            raise ValueError(f"the {self.config.prompter} Prompter needs all patches: data.patch_dropout must be 0")
+        pooled, tokens, pool_input = self._see(pixel_values, kept)
         if isinstance(input_ids, PackedTexts) and isinstance(text_ids, PackedTexts) and boxes is not None:
             embeddings = self.encode_text(join(input_ids, text_ids))  # all in one pass of the tower
             caption, texts = embeddings.split([len(input_ids), len(text_ids)])
@@ -310,10 +343,11 @@ class ClocModel(PreTrainedModel):
             prompts = self.prompt_encoder.boxes(boxes)
             if self.box_head is not None:  # box and text prompts share one pass, and with it the keys and values
                 prompts = concatenate([prompts, self.prompt_encoder.texts(region_text)], dim=1)
-            prompted = self.prompter(tokens, prompts if kept is None else prompts.over(kept), kept)
+            read = tokens if pool_input is None else pool_input
+            prompted = self.prompter(read, prompts if kept is None else prompts.over(kept), kept)
             output["region"] = _normalize(prompted.embedding[:, :num_regions])
             output["region_text"] = region_text
-            output["region_logit_scale"] = self.region_logit_scale.exp().clamp_max(MAX_LOGIT_SCALE)
+            output["region_logit_scale"] = self.region_scale
             if self.box_head is not None:
                 output["ground_boxes"] = self.box_head(replace(prompted, embedding=prompted.embedding[:, num_regions:]))
         return ClocOutput(**output)
@@ -324,11 +358,9 @@ def _normalize(x: Tensor) -> Tensor:
     return F.normalize(x.float(), dim=-1)
 
 
-def _as_prompt(prompt: Any) -> Prompt:
-    if isinstance(prompt, Tensor):
-        x0, y0, x1, y1 = prompt.tolist()
-        return Box(x0, y0, x1, y1)
-    return prompt
+def _as_prompt(prompt: Any) -> Any:
+    """A row of a tensor of boxes as a `Box`, anything else as it is."""
+    return Box(*prompt.tolist()) if isinstance(prompt, Tensor) and prompt.shape == (4,) else prompt
 
 
 def _has_text(prompt: Prompt) -> bool:

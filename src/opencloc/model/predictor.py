@@ -1,144 +1,376 @@
-"""Predictor: regions of photos in a few lines.  PIL images, file paths, pixel boxes and strings in, numpy out.
+"""Predictor: regions of photos in a few lines.  Photos, pixel boxes and strings in, embeddings, names and boxes out.
 
-Owns the step from a user's pixels to the model's square and back, and nothing else: the image is encoded once by
-`encode`, everything after prompts what was encoded.
+The image is encoded once by `encode`; everything after it prompts what was encoded.
 
 Symbols: P prompts, C names, E width of the joint embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
+from cachetools import LRUCache
 from jaxtyping import Float
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from opencloc.boxes import Letterbox
+from opencloc.boxes import Letterbox, clipped_px
+from opencloc.devices import choose_device
+from opencloc.images import as_mask, open_image
 from opencloc.model.cloc import ClocModel, ImageFeatures
+from opencloc.model.loading import load_config, load_model, load_processor
 from opencloc.model.processor import ClocProcessor
 from opencloc.model.prompts import Box, Mask, Point, Prompt, Text
+from opencloc.texts import canonical, class_name
 
-Coordinates = Sequence[Sequence[float]] | np.ndarray  # (P, 4) boxes or (P, 2) points
+IMAGES_AT_ONCE = 16
+TEXTS_AT_ONCE = 256
+TEXTS_KEPT = 16_384  # embeddings of texts in memory: 64 MB at E = 1,024
+COLOURS = ("#c1272d", "#0071bc", "#007a3d", "#93278f", "#a05a00", "#2e3192")
+SMALLEST = 1 / 64  # side of a box, of the square
+
+# What `ground` compares a text with: windows of the image at three scales, and everyday names (COCO's classes).
+WINDOWS = [
+    [x * step, y * step, x * step + 2 * step, y * step + 2 * step]
+    for step in (1 / 2, 1 / 4, 1 / 8)
+    for y in range(round(1 / step) - 1)
+    for x in range(round(1 / step) - 1)
+]
+EVERYDAY = (
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
+    "parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, "
+    "handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, "
+    "surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, "
+    "broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, "
+    "mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, "
+    "teddy bear, hair drier, toothbrush"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedImage:
-    """One encoded image: its features and where it lies in the model's square."""
+    """One encoded image: its features, its pixels (RGB, upright) and where they lie in the model's square."""
 
     features: ImageFeatures
+    image: Image.Image
     letterbox: Letterbox
 
 
+def load(path: str | Path, device: str = "cpu") -> Predictor:
+    """The `Predictor` of a folder or hub id: a CLOC checkpoint, or any CLIP, SigLIP or SigLIP 2 checkpoint.
+
+    The latter have no Prompter: boxes, points and masks are embedded by the tower's own pooling, drawn to the region,
+    and texts cannot be grounded.  `device` is cpu, cuda, cuda:NUMBER or auto.
+    """
+    return Predictor.from_pretrained(path, device)
+
+
 class Predictor:
-    """A CLOC model with its processor.
+    """A model with its processor, for photos and pixels.
 
-        predictor = Predictor.from_pretrained("runs/quickstart/cloc/model")
+        predictor = opencloc.load("runs/quickstart/cloc/model")
         photo = predictor.encode("dogs.jpg")
-        names, scores = predictor.classify(photo, boxes_px=[[10, 20, 200, 180]], names=["dog", "cat"])
-        boxes_px = predictor.ground(photo, ["a dog"])
+        names, probabilities = predictor.classify(photo, boxes_px=[[10, 20, 200, 180]], names=["dog", "cat"])
+        boxes_px, scores = predictor.ground(photo, ["a dog", "a unicorn"])
 
-    Boxes are XYXY in pixels of the image given.
+    Boxes are XYXY, points XY, in pixels of the image as viewers show it.  A box that reaches at most 1 pixel or 1 % of
+    the side over an edge is clipped.  A string is one text, never a list of letters; white space in texts is folded.
+    Embeddings are ordinary tensors on the model's device, without gradients, and can be trained on.
     """
 
     def __init__(self, model: ClocModel, processor: ClocProcessor) -> None:
         self.model, self.processor = model.eval(), processor
+        self._texts: LRUCache[str, Tensor] = LRUCache(TEXTS_KEPT)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Predictor:
-        """The predictor for a CLOC checkpoint (a folder or hub id)."""
-        model: Any = ClocModel.from_pretrained(folder, use_safetensors=True)
-        return cls(model.to(device), ClocProcessor.from_pretrained(folder))
+    def from_pretrained(cls, path: str | Path, device: str = "cpu") -> Predictor:
+        """As `opencloc.load`."""
+        place = choose_device(str(device))
+        model: Any
+        if load_config(path).model_type == "cloc":
+            model, processor = load_model(ClocModel, path), load_processor(path, ClocProcessor)
+        else:
+            model, processor = ClocModel.from_clip(path, prompter="pool"), ClocProcessor.from_clip(path)
+        return cls(model.float().to(place), processor)
 
-    @torch.inference_mode()
-    def encode(self, image: Image.Image | str | Path) -> EncodedImage:
-        """The image encoded, once for all prompts.  Raises ValueError naming a file that is no readable image."""
-        if not isinstance(image, Image.Image):
-            try:
-                with Image.open(image) as file:
-                    image = file.convert("RGB")
-            except (UnidentifiedImageError, SyntaxError, OSError) as error:
-                if isinstance(error, FileNotFoundError):
-                    raise
-                raise ValueError(f"{image} is not a readable image: {error}") from error
-        pixels, (letterbox,) = self.processor.letterbox([image])
-        return EncodedImage(features=self.model.encode_image(pixels.to(self.model.device)), letterbox=letterbox)
+    # -- encoding ------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
-    def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "C E"]:
-        """L2-normalised text embeddings."""
-        return self.model.encode_text(self.processor.tokenize(texts).to(self.model.device))
+    @overload
+    def encode(self, image: list[Any] | tuple[Any, ...]) -> list[EncodedImage]: ...
+    @overload
+    def encode(self, image: Any) -> EncodedImage: ...
 
-    @torch.inference_mode()
+    @torch.no_grad()
+    def encode(self, image: Any) -> EncodedImage | list[EncodedImage]:
+        """The image encoded, once for all prompts; for a list of images a list.
+
+        An image is a PIL image, a path, bytes of a file, a uint8 array (H, W, 3) or (H, W), or a uint8 tensor
+        (3, H, W).  EXIF orientation is applied.  Raises as `opencloc.images.open_image` does.
+        """
+        if not isinstance(image, list | tuple):
+            return self.encode([image])[0]
+        encoded: list[EncodedImage] = []
+        for start in range(0, len(image), IMAGES_AT_ONCE):
+            photos = [open_image(one) for one in image[start : start + IMAGES_AT_ONCE]]
+            pixels, letterboxes = self.processor.letterbox(photos)
+            features = self.model.encode_image(pixels.to(self.model.device))
+            for i, (photo, letterbox) in enumerate(zip(photos, letterboxes, strict=True)):
+                encoded.append(EncodedImage(features=_one(features, i), image=photo, letterbox=letterbox))
+        return encoded
+
+    @torch.no_grad()
+    def embed_texts(self, texts: str | Sequence[str]) -> Float[Tensor, "C E"]:
+        """L2-normalised text embeddings.  They are kept, so that the same names cost nothing the next time.
+
+        Raises ValueError for an empty text, TypeError for what is no string.
+        """
+        wanted = _texts(texts)
+        found = {text: self._texts[text] for text in wanted if text in self._texts}
+        missing = [text for text in dict.fromkeys(wanted) if text not in found]
+        for start in range(0, len(missing), TEXTS_AT_ONCE):
+            chunk = missing[start : start + TEXTS_AT_ONCE]
+            embeddings = self.model.encode_text(self.processor.tokenize(chunk).to(self.model.device))
+            found.update(zip(chunk, embeddings.unbind(), strict=True))
+        self._texts.update(found)
+        if not wanted:
+            return torch.zeros(0, self.model.embed_dim, device=self.model.device)
+        return torch.stack([found[text] for text in wanted])
+
+    @torch.no_grad()
     def embed(
         self,
         image: EncodedImage,
+        prompts: Sequence[Prompt] = (),
         *,
-        boxes_px: Coordinates = (),
-        points_px: Coordinates = (),
-        masks: Sequence[np.ndarray] = (),
-        texts: Sequence[str] = (),
+        boxes_px: Any = (),
+        points_px: Any = (),
+        masks: Sequence[Any] = (),
+        texts: str | Sequence[str] = (),
     ) -> Float[Tensor, "P E"]:
-        """L2-normalised region embeddings, one per prompt: boxes, then points, masks (H, W of the image) and texts.
+        """L2-normalised region embeddings, one per prompt.
 
-        Raises ValueError for a box or point outside the image, an empty box or mask, a mask of another size.
+        `prompts`: any mix of `Box` and `Point` in pixels, `Mask` (as `opencloc.images.as_mask` takes it), `Text` of a
+        string or an embedding, and tuples of these, which make one prompt of several parts.  The keywords are short for
+        lists of one kind, boxes (P, 4), points (P, 2), masks and strings; they come after `prompts` in this order.
+
+        Raises ValueError for a box, point or mask that does not fit the image, and where the model has no text prompts
+        or untrained region parts; TypeError for what is no prompt.
         """
-        prompts: list[Prompt] = [Box(*box) for box in self._to_square(image, boxes_px, 4)]
-        prompts += [Point(*point) for point in self._to_square(image, points_px, 2)]
-        prompts += [self._mask(image, mask) for mask in masks]
-        if texts:
-            prompts += [Text(embedding) for embedding in self.embed_texts(texts)]
-        return self.model.encode_regions(image.features, [prompts])[0]
+        _check_encoded(image)
+        listed = [prompts] if isinstance(prompts, Box | Point | Mask | Text) else _list(prompts, "prompts")
+        boxes = np.array(_rows(boxes_px, 4, "boxes_px"), dtype=np.float64).reshape(-1, 4)
+        listed += [Box(*box) for box in clipped_px(boxes, *image.image.size).tolist()]
+        listed += [Point(*point) for point in _rows(points_px, 2, "points_px")]
+        listed += [Mask(mask) for mask in _list(masks, "masks")]
+        listed += [Text(text) for text in _texts(texts)]
+        return self.model.encode_regions(image.features, [[self._in_square(image, p) for p in listed]])[0]
 
+    def _in_square(self, image: EncodedImage, prompt: Any) -> Prompt:
+        """A prompt in pixels of the image as a prompt for the model."""
+        width, height = image.image.size
+        if isinstance(prompt, tuple):
+            parts: Any = tuple(self._in_square(image, part) for part in prompt)
+            return parts
+        if isinstance(prompt, Box):
+            box = clipped_px(_numbers(prompt, (prompt.x0, prompt.y0, prompt.x1, prompt.y1))[None], width, height)[0]
+            return Box(*image.letterbox.to_square(box / [width, height, width, height]).tolist())
+        if isinstance(prompt, Point):
+            point = _numbers(prompt, (prompt.x, prompt.y))
+            if not ((point >= 0) & (point <= [width, height])).all():
+                raise ValueError(f"{prompt} does not lie in the image of {width} x {height} pixels")
+            return Point(*image.letterbox.to_square(point / [width, height]).tolist())
+        if isinstance(prompt, Mask):
+            mask = as_mask(prompt.mask, height, width)
+            side = max(mask.shape)
+            top, left = (side - height) // 2, (side - width) // 2
+            square = torch.zeros(side, side)
+            square[top : top + height, left : left + width] = torch.from_numpy(np.ascontiguousarray(mask)).float()
+            return Mask(square)
+        if isinstance(prompt, Text):
+            if not self.model.has_text_prompts:  # before the text is encoded for nothing
+                return prompt
+            return prompt if isinstance(prompt.text, Tensor) else Text(self.embed_texts([prompt.text])[0])
+        raise TypeError(f"{prompt!r} is no prompt: give Box, Point, Mask, Text or tuples of them")
+
+    # -- answers -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
     def classify(
-        self, image: EncodedImage, boxes_px: Coordinates, names: Sequence[str]
-    ) -> tuple[list[str], np.ndarray]:
-        """(best name of each box, probabilities (P, C) over the names)."""
-        regions, classes = self.embed(image, boxes_px=boxes_px), self.embed_texts(names)
-        scale = self.model.region_logit_scale.detach().exp()
-        probabilities = (scale * regions @ classes.T).softmax(-1).cpu().numpy()
-        return [names[int(i)] for i in probabilities.argmax(-1)], probabilities
+        self,
+        image: EncodedImage,
+        boxes_px: Any,
+        names: str | Sequence[str],
+        *,
+        text_embeddings: Float[Tensor, "C E"] | None = None,
+    ) -> tuple[list[str], Float[np.ndarray, "P C"]]:
+        """(best name of each box, probabilities over the names).
 
-    @torch.inference_mode()
-    def ground(self, image: EncodedImage, texts: Sequence[str]) -> np.ndarray:
-        """The box of each text, (P, 4) in pixels of the image."""
-        boxes = self.model.ground(image.features, self.embed_texts(texts)[None])[0].float().cpu()
-        return image.letterbox.to_image(boxes).numpy() * self._size(image.letterbox, 4)
-
-    def _to_square(self, image: EncodedImage, coordinates_px: Coordinates, count: int) -> list[list[float]]:
-        """Pixel boxes or points of the image, checked, in the square."""
-        if len(coordinates_px) == 0:
-            return []
-        values = np.asarray(coordinates_px, dtype=np.float64).reshape(len(coordinates_px), -1)
-        size = self._size(image.letterbox, count)
-        what = "box" if count == 4 else "point"
-        for i, row in enumerate(values):
-            sound = len(row) == count and np.isfinite(row).all() and (row >= 0).all() and (row <= size).all()
-            if not sound or (count == 4 and (row[2:] <= row[:2]).any()):
-                raise ValueError(
-                    f"{what} {i} is {row.tolist()}: needs {count} numbers "
-                    f"{'with x0 < x1, y0 < y1 ' if count == 4 else ''}inside the image of "
-                    f"{image.letterbox.width_px} x {image.letterbox.height_px} pixels"
-                )
-        return image.letterbox.to_square(values / size).tolist()
-
-    def _mask(self, image: EncodedImage, mask: np.ndarray) -> Mask:
-        letterbox = image.letterbox
-        if mask.shape != (letterbox.height_px, letterbox.width_px):
+        `text_embeddings` stand for the names where given, in their order, say means over several phrasings.  Without
+        names both results are empty.
+        """
+        names = _list(names, "names")
+        if text_embeddings is None:
+            text_embeddings = self.embed_texts([class_name(name) if isinstance(name, str) else name for name in names])
+        if text_embeddings.shape != (len(names), self.model.embed_dim):
             raise ValueError(
-                f"a mask of shape {mask.shape} on an image of height {letterbox.height_px}, width {letterbox.width_px}"
+                f"text_embeddings of shape {tuple(text_embeddings.shape)} for {len(names)} names: "
+                f"needs ({len(names)}, {self.model.embed_dim})"
             )
-        long_px = max(mask.shape)
-        top, left = (long_px - mask.shape[0]) // 2, (long_px - mask.shape[1]) // 2
-        square = torch.zeros(long_px, long_px)
-        square[top : top + mask.shape[0], left : left + mask.shape[1]] = torch.from_numpy(mask).float()
-        return Mask(square)
+        regions = self.embed(image, boxes_px=boxes_px)
+        logits = self.model.region_scale * regions @ text_embeddings.to(regions).T
+        probabilities = logits.softmax(-1).cpu().numpy()
+        best = probabilities.argmax(-1) if names else []
+        return [names[int(i)] for i in best], probabilities
+
+    @torch.no_grad()
+    def ground(
+        self, image: EncodedImage, texts: str | Sequence[str]
+    ) -> tuple[Float[np.ndarray, "P 4"], Float[np.ndarray, " P"]]:
+        """(box of each text in pixels of the image, score in [0, 1] that it is there at all).
+
+        The box says where the text would be; a text that is not in the image gets one too, and a low score.  The score
+        is a sigmoid of (fit - level) x the model's logit scale.  Fit: the best cosine of the text with the embedding of
+        its own box or of a window of the image (sides of 1, 1/2 and 1/4 in steps of half a side, 59 of them), so that
+        a text whose box went wrong is still found.  Level: what one in ten everyday names (`EVERYDAY`) reaches in the
+        same image.  So 0.5 means a better fit than nine in ten names have, of which few are there.
+        `results/presence` has its AUC.  Raises ValueError where the model has no text prompts.
+        """
+        _check_encoded(image)
+        if not self.model.has_text_prompts:
+            raise ValueError(self.model.no_text_prompts())
+        embeddings = self.embed_texts(texts)
+        if not len(embeddings):
+            return np.zeros((0, 4), dtype=np.float32), np.zeros(0, dtype=np.float32)
+        square = self.model.ground(image.features, embeddings[None])[0].float()
+        width, height = image.image.size
+        boxes = image.letterbox.to_image(square.cpu()).numpy() * np.array([width, height] * 2, dtype=np.float32)
+        return boxes, self._presence(image, embeddings, square).cpu().numpy()
+
+    def _presence(
+        self, image: EncodedImage, texts: Float[Tensor, "P E"], boxes: Float[Tensor, "P 4"]
+    ) -> Float[Tensor, " P"]:
+        """The score of `ground`, given the box of each text in the square."""
+        low = boxes[:, :2].clamp(max=1 - SMALLEST)  # a box at the very edge may have no area
+        own = torch.cat([low, torch.maximum(boxes[:, 2:], low + SMALLEST)], -1)
+        windows = image.letterbox.to_square(torch.tensor(WINDOWS)).to(own)
+        regions = self.model.encode_regions(image.features, torch.cat([windows, own])[None])[0]
+        windowed, own_regions = regions.split([len(windows), len(own)])
+        fit = torch.maximum((texts @ windowed.T).amax(-1), (texts * own_regions).sum(-1))
+        level = (self.embed_texts(EVERYDAY.split(", ")) @ windowed.T).amax(-1).quantile(0.9)
+        return torch.sigmoid(self.model.region_scale * (fit - level))
 
     @staticmethod
-    def _size(letterbox: Letterbox, count: int) -> np.ndarray:
-        return np.tile([letterbox.width_px, letterbox.height_px], count // 2).astype(np.float64)
+    def draw(
+        image: Any,
+        boxes_px: Any,
+        labels: Sequence[str] = (),
+        scores: Sequence[float] | np.ndarray | None = None,
+    ) -> Image.Image:
+        """A copy of the image with the boxes drawn on it, each with its label and score."""
+        photo = (image.image if isinstance(image, EncodedImage) else open_image(image)).copy()
+        boxes = _rows(boxes_px, 4, "boxes_px")
+        captions = _captions(len(boxes), labels, scores)
+        pen, side = ImageDraw.Draw(photo), max(photo.size)
+        font, line = ImageFont.load_default(max(10.0, side / 40)), max(1, side // 250)
+        for i, (box, caption) in enumerate(zip(boxes, captions, strict=True)):
+            colour = COLOURS[i % len(COLOURS)]
+            x0, y0, x1, y1 = (float(value) for value in box)
+            pen.rectangle((min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)), outline=colour, width=line)
+            if caption:
+                left, top, right, bottom = pen.textbbox((0, 0), caption, font=font, anchor="lt")
+                x = max(0.0, min(x0, photo.width - right - 4))
+                y = max(0.0, y0 - bottom - 4)
+                pen.rectangle((x, y, x + right - left + 4, y + bottom - top + 4), fill=colour)
+                pen.text((x + 2, y + 2), caption, fill="white", font=font, anchor="lt")
+        return photo
+
+    @staticmethod
+    def to_detections(
+        boxes_px: Any, labels: Sequence[str] = (), scores: Sequence[float] | np.ndarray | None = None
+    ) -> Any:
+        """The boxes as `supervision.Detections`, labels under `data["class_name"]`.
+
+        `class_id` numbers the distinct labels in their order of appearance.  Raises ImportError without supervision.
+        """
+        try:
+            import supervision  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise ImportError("to_detections needs the package supervision: pip install supervision") from None
+        boxes = np.array(_rows(boxes_px, 4, "boxes_px"), dtype=np.float32).reshape(-1, 4)
+        _captions(len(boxes), labels, scores)  # the numbers agree
+        order = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+        return supervision.Detections(
+            xyxy=boxes,
+            confidence=None if scores is None else np.asarray(scores, dtype=np.float32),
+            class_id=np.array([order[label] for label in labels], dtype=int) if len(labels) else None,
+            data={"class_name": np.array(labels)} if len(labels) else {},
+        )
+
+
+def _captions(count: int, labels: Sequence[str], scores: Sequence[float] | np.ndarray | None) -> list[str]:
+    """What is written at each box.  Raises ValueError where the numbers differ."""
+    labels = _list(labels, "labels")
+    for what, given in (("labels", labels), ("scores", scores if scores is not None else [])):
+        if len(given) not in (0, count):
+            raise ValueError(f"{len(given)} {what} for {count} boxes")
+    texts = labels or [""] * count
+    marks = [""] * count if scores is None else [f"{float(score):.2f}" for score in scores]
+    return [f"{text} {mark}".strip() for text, mark in zip(texts, marks, strict=True)]
+
+
+def _one(features: ImageFeatures, index: int) -> ImageFeatures:
+    """The features of one image of a batch."""
+    values = {f.name: getattr(features, f.name) for f in fields(features)}
+    rows: dict[str, Any] = {k: v[index : index + 1] if isinstance(v, Tensor) else v for k, v in values.items()}
+    return ImageFeatures(**rows)
+
+
+def _check_encoded(image: Any) -> None:
+    if not isinstance(image, EncodedImage):
+        raise TypeError(f"image is what `encode` returned for one image, not {type(image).__name__}")
+
+
+def _list(values: Any, what: str) -> list[Any]:
+    """The values as a list; a string is one value."""
+    if isinstance(values, str):
+        return [values]
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{what} are a list, not {values!r}")
+    return list(values)
+
+
+def _texts(texts: Any) -> list[str]:
+    """One string or many as a list in the one form of a text."""
+    listed = _list(texts, "texts")
+    for i, text in enumerate(listed):
+        if not isinstance(text, str):
+            raise TypeError(f"text {i} is {text!r}: texts are strings")
+        if not text.strip():
+            raise ValueError(f"text {i} is empty")
+    return [canonical(text) for text in listed]
+
+
+def _rows(values: Any, count: int, what: str) -> list[list[Any]]:
+    """Rows of `count` numbers each, from any array, tensor or list."""
+    if values is None:
+        raise TypeError(f"{what} is None: give rows of {count} numbers, or nothing")
+    array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    if array.size == 0 and array.ndim <= 2:
+        return []
+    if array.dtype.kind not in "iuf":
+        raise TypeError(f"{what} of type {array.dtype}: rows of {count} numbers are taken")
+    if array.ndim != 2 or array.shape[1] != count:
+        raise ValueError(f"{what} of shape {array.shape}: needs rows of {count} numbers, (P, {count})")
+    return array.tolist()
+
+
+def _numbers(prompt: Any, values: Sequence[Any]) -> np.ndarray:
+    try:
+        return np.array([float(value) for value in values])
+    except (TypeError, ValueError):
+        raise TypeError(f"{prompt!r}: coordinates are real numbers") from None

@@ -1,16 +1,6 @@
 """The Prompter: prompts and image tokens -> region embeddings (paper section 3.2), and the box heads (section 3.4).
 
-Three forms behind one interface `prompter(tokens, prompts, kept) -> PrompterOutput`; `kept` says which patches the
-tokens are of, None that all are there:
-
-* `CrossPrompter` (default): the prompt tokens are the only queries, keys and values come from the image tokens.
-  Differs from the paper, which runs a whole encoder layer per prompt: here the cost per prompt does not grow with
-  another pass over the image.  The spatial prior enters as an attention bias with a learnable slope per head, the
-  position basis is shared by patches and prompts but stays out of the values, and nothing of a prompt token itself goes
-  on (no residual), so a region embedding can only say what was attended to.  Values start as the image tokens
-  themselves, which with the prior makes the whole start as a mean over the box.
-* `EncoderPrompter`: the published form, no prior.
-* `RoiPrompter`: RoIAlign, the published baseline (table 2, row 9).  It has no text prompts.
+Every form is a `Prompter` and stands in `PROMPTERS`; what it can do is said by its class attributes.
 
 Symbols: B images, P prompts per image, K tokens per prompt, N patches, D width of the vision tower, E width of the
 joint embedding, H heads.
@@ -18,17 +8,21 @@ joint embedding, H heads.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from opencloc.model import towers
 from opencloc.model.prompts import PromptBatch, patch_centres, sinusoidal
 from opencloc.model.roi import roi_align
 
 OFFSET_SCALE = 0.1  # of the centre's correction, in sides of the square: starts small beside the attention's mean
+FAR = 1e4  # penalty of what is not there, in patches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +32,19 @@ class PrompterOutput:
     embedding: Float[Tensor, "B P E"]
     memory: Float[Tensor, "B N D"]
     kept: Int[Tensor, "B N"] | None = None  # the patches they are of; None: all
+
+
+class Prompter(nn.Module):
+    """Base of all forms: `prompter(tokens, prompts, kept) -> PrompterOutput`.
+
+    `kept` says which patches the tokens are of, None that all are there.  A form is constructed with the width of the
+    vision tower, the width of the joint embedding, the grid of patches and its `options`.
+    """
+
+    options: ClassVar[tuple[str, ...]] = ()  # fields of `ClocConfig` that its constructor takes; `clip`: the towers
+    has_text_prompts: ClassVar[bool] = True  # and so can ground
+    allows_patch_dropout: ClassVar[bool] = True
+    is_tower_pooling: ClassVar[bool] = False  # no weights of its own: reads `towers.pool_input`, keeps CLIP's scale
 
 
 class Mlp(nn.Sequential):
@@ -65,8 +72,17 @@ class Memory(nn.Module):
         return content, content + (basis if kept is None else basis[kept])
 
 
-class CrossPrompter(nn.Module):
-    """Attention from prompt tokens to image tokens, biased by the spatial prior; then mean, MLP, projection."""
+class CrossPrompter(Prompter):
+    """The default: attention from prompt tokens to image tokens, biased by the spatial prior; mean, MLP, projection.
+
+    Differs from the paper, which runs a whole encoder layer per prompt: here the prompt tokens are the only queries, so
+    the cost per prompt does not grow with another pass over the image.  The spatial prior is an attention bias with a
+    learnable slope per head.  The position basis is shared by patches and prompts but stays out of the values, and
+    nothing of a prompt token itself goes on (no residual): a region embedding can only say what was attended to.
+    Values start as the image tokens themselves, which with the prior makes the start a mean over the box.
+    """
+
+    options = ("prompter_heads", "prior_slope", "shared_positions")
 
     def __init__(
         self,
@@ -74,14 +90,14 @@ class CrossPrompter(nn.Module):
         embed_dim: int,
         grid: tuple[int, int],
         *,
-        num_heads: int,
+        prompter_heads: int,
         prior_slope: float | None,
         shared_positions: bool,
     ) -> None:
         super().__init__()
-        if width % num_heads:
-            raise ValueError(f"prompter_heads must divide the width {width} of the vision tower, got {num_heads}")
-        self.num_heads = num_heads
+        if prompter_heads < 1 or width % prompter_heads:
+            raise ValueError(f"prompter_heads must divide the width {width} of the vision tower, got {prompter_heads}")
+        self.num_heads = prompter_heads
         self.memory = Memory(width, grid, shared_positions)
         self.norm_query = nn.LayerNorm(width)
         self.query = nn.Linear(width, width)
@@ -89,7 +105,7 @@ class CrossPrompter(nn.Module):
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
         # attention bias = -exp(log_slope) * penalty: positive whatever is learned, one slope per head
-        self.log_slope = nn.Parameter(torch.full((num_heads,), prior_slope)) if prior_slope is not None else None
+        self.log_slope = nn.Parameter(torch.full((prompter_heads,), prior_slope)) if prior_slope is not None else None
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = Mlp(width, 4 * width, width)
         self.norm_out = nn.LayerNorm(width)
@@ -132,8 +148,10 @@ class CrossPrompter(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
-class EncoderPrompter(nn.Module):
+class EncoderPrompter(Prompter):
     """The published form: prompt tokens before the image tokens, a single-head encoder layer, mean, projection."""
+
+    options = ("shared_positions",)
 
     def __init__(self, width: int, embed_dim: int, grid: tuple[int, int], *, shared_positions: bool) -> None:
         super().__init__()
@@ -149,42 +167,27 @@ class EncoderPrompter(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "B N D"], prompts: PromptBatch, kept: Int[Tensor, "B N"] | None = None
     ) -> PrompterOutput:
-        """What a whole encoder layer per prompt gives, with the work that prompts share done once per image.
-
-        Image tokens have the same queries, keys and values whatever the prompt, and the same attention to each other
-        up to the normaliser; the output projection goes before the sum over the prompt's own few keys, and the second
-        linear map of the MLP behind the mean.  Left per prompt and token is the first half of the MLP.
-        """
         _, memory = self.memory(tokens, kept)
-        valid = prompts.valid[:, :, None]  # (B, P, 1, K)
-        own = prompts.tokens.to(memory.dtype)
-        image_q, image_k, image_v = self.attention_in(self.norm_attention(memory)).chunk(3, dim=-1)
-        own_q, own_k, own_v = self.attention_in(self.norm_attention(own)).chunk(3, dim=-1)
-        image_v, own_v = self.attention_out(image_v), self.attention_out(own_v)  # weights of a softmax sum to one
-        scale = image_q.shape[-1] ** -0.5
-
-        among_image = (image_q @ image_k.transpose(-1, -2)).float() * scale  # (B, N, N)
-        image_to_own = (image_q[:, None] @ own_k.transpose(-1, -2)).float() * scale  # (B, P, N, K)
-        image_to_own = image_to_own.masked_fill(~valid, float("-inf"))
-        shared = among_image.logsumexp(-1)[:, None, :, None].expand(-1, own.shape[1], -1, -1)
-        share = torch.cat([shared, image_to_own], -1).softmax(-1).to(memory.dtype)  # of the image, of each own token
-        attended = share[..., :1] * (among_image.softmax(-1).to(memory.dtype) @ image_v)[:, None]
-        image = memory[:, None] + attended + share[..., 1:] @ own_v  # (B, P, N, D)
-
-        own_to_image = (own_q @ image_k[:, None].transpose(-1, -2)).float() * scale  # (B, P, K, N)
-        own_to_own = ((own_q @ own_k.transpose(-1, -2)).float() * scale).masked_fill(~valid, float("-inf"))
-        weight = torch.cat([own_to_image, own_to_own], -1).softmax(-1).to(memory.dtype)
-        own = own + weight[..., : memory.shape[1]] @ image_v[:, None] + weight[..., memory.shape[1] :] @ own_v
-
-        x = torch.cat([own, image], 2)
-        valid = torch.cat([prompts.valid, prompts.valid.new_ones(image.shape[:3])], 2)
-        hidden = self.mlp[1](self.mlp[0](self.norm_mlp(x)))
-        pooled = masked_mean(x, valid) + self.mlp[2](masked_mean(hidden, valid))
-        return PrompterOutput(embedding=self.projection(self.norm_out(pooled)), memory=memory, kept=kept)
+        image = memory[:, None].expand(-1, prompts.tokens.shape[1], -1, -1)
+        x = torch.cat([prompts.tokens.to(memory.dtype), image], dim=2)  # (B, P, K + N, D)
+        valid = F.pad(prompts.valid, (0, memory.shape[1]), value=True)
+        query, key, value = self.attention_in(self.norm_attention(x)).chunk(3, dim=-1)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=valid[:, :, None])
+        x = x + self.attention_out(attended)
+        x = x + self.mlp(self.norm_mlp(x))
+        z = self.projection(self.norm_out(masked_mean(x, valid)))
+        return PrompterOutput(embedding=z, memory=memory, kept=kept)
 
 
-class RoiPrompter(nn.Module):
-    """RoIAlign over the image tokens, mean over the bins, MLP, projection.  Points and masks count as their extent."""
+class RoiPrompter(Prompter):
+    """The published baseline (table 2, row 9): RoIAlign over the image tokens, mean over the bins, MLP, projection.
+
+    Points and masks count as their extent.
+    """
+
+    options = ("roi_size",)
+    has_text_prompts = False
+    allows_patch_dropout = False  # it needs the whole grid
 
     def __init__(self, width: int, embed_dim: int, grid: tuple[int, int], *, roi_size: int) -> None:
         super().__init__()
@@ -198,13 +201,46 @@ class RoiPrompter(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "B N D"], prompts: PromptBatch, kept: Int[Tensor, "B N"] | None = None
     ) -> PrompterOutput:
-        if kept is not None:
-            raise ValueError("the roi Prompter needs the whole grid of patches: data.patch_dropout must be 0")
         memory, _ = self.memory(tokens)
         feature_map = memory.transpose(1, 2).unflatten(-1, self.grid)
         x = roi_align(feature_map, prompts.boxes, self.roi_size).mean((-1, -2))
         x = x + self.mlp(self.norm_mlp(x))
         return PrompterOutput(embedding=self.projection(self.norm_out(x)), memory=memory)
+
+
+class PoolPrompter(Prompter):
+    """The tower's own pooling, its attention drawn to the region by the spatial prior: no weights, no training needed.
+
+    As TextRegion (Xiao et al. 2025, arXiv 2505.23769) does with masks.  The whole square gives the image embedding.
+    """
+
+    options = ("clip", "prior_slope")
+    has_text_prompts = False
+    is_tower_pooling = True
+
+    def __init__(
+        self, width: int, embed_dim: int, grid: tuple[int, int], *, clip: Any, prior_slope: float | None
+    ) -> None:
+        super().__init__()
+        if prior_slope is None:
+            raise ValueError("the pool Prompter needs a prior_slope: without one every region is the whole image")
+        self.slope = math.exp(prior_slope)
+        self._clip = (clip,)  # in a tuple: the towers are the model's, not a part of the Prompter
+
+    def forward(
+        self, tokens: Float[Tensor, "B L D"], prompts: PromptBatch, kept: Int[Tensor, "B N"] | None = None
+    ) -> PrompterOutput:
+        penalty = prompts.penalty.masked_fill(~prompts.valid[..., None], FAR).amin(2)  # of the nearest part
+        embedding = towers.pool(self._clip[0], tokens, -self.slope * penalty)
+        return PrompterOutput(embedding=embedding, memory=tokens[:, -penalty.shape[-1] :], kept=kept)
+
+
+PROMPTERS: dict[str, type[Prompter]] = {
+    "cross": CrossPrompter,
+    "encoder": EncoderPrompter,
+    "roi": RoiPrompter,
+    "pool": PoolPrompter,
+}
 
 
 class MlpBoxHead(nn.Module):

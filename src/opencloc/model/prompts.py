@@ -9,8 +9,8 @@ that says how far a patch lies from what the prompt points at.
 * text: one token made of f_T(y), no penalty;
 * several prompts in a tuple: their tokens, side by side, make one prompt.
 
-Patches and corners share one sinusoidal position basis.  All coordinates are in the frame of the letterboxed
-square.  This file owns that translation; what is done with the tokens is the Prompter's business.
+Patches and corners share one sinusoidal position basis.  Here all coordinates are in the frame of the letterboxed
+square; `Predictor` takes the same classes in pixels of the image and moves them there.
 
 Symbols: B images, P prompts per image, K tokens per prompt, N patches, D width of the vision tower, E width of the
 joint embedding.
@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,7 +32,10 @@ MIN_CYCLES = 0.25  # lowest frequency of the position basis, in cycles per image
 
 @dataclass(frozen=True)
 class Box:
-    """A region given by its corners: x0 < x1, y0 < y1 in [0, 1] of the square."""
+    """A region given by its corners, x0 < x1 and y0 < y1.
+
+    For `ClocModel` in [0, 1] of the square, for `Predictor` in pixels of the image.
+    """
 
     x0: float
     y0: float
@@ -41,7 +45,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Point:
-    """A region given by one point in [0, 1] of the square."""
+    """A region given by one point: for `ClocModel` in [0, 1] of the square, for `Predictor` in pixels of the image."""
 
     x: float
     y: float
@@ -49,16 +53,20 @@ class Point:
 
 @dataclass(frozen=True)
 class Mask:
-    """A region given by a mask over the square: any resolution (H, W), bool or coverage in [0, 1]."""
+    """A region given by a mask.
 
-    mask: Tensor
+    For `ClocModel` a tensor over the square, any resolution (H, W), bool or coverage in [0, 1].  For `Predictor`
+    anything that `opencloc.images.as_mask` takes, of the size of the image.
+    """
+
+    mask: Any
 
 
 @dataclass(frozen=True)
 class Text:
-    """A region given by a text: its embedding f_T(y), shape (E,)."""
+    """A region given by a text: its embedding f_T(y), shape (E,); `Predictor` takes a string too."""
 
-    embedding: Tensor
+    text: str | Tensor
 
 
 Prompt = Box | Point | Mask | Text | tuple[Box | Point | Mask | Text, ...]
@@ -122,9 +130,14 @@ def mask_penalty(mask: Float[Tensor, "H W"], grid: tuple[int, int]) -> Float[Ten
 
 
 def mask_box(mask: Tensor) -> Float[Tensor, " 4"]:
-    """Bounding box of a mask, normalised.  Raises ValueError if the mask is empty or not two-dimensional."""
+    """Bounding box of a mask, normalised.
+
+    Raises ValueError if the mask is empty, not two-dimensional or not within [0, 1].
+    """
     if mask.ndim != 2:
         raise ValueError(f"a mask has shape (H, W), this one {tuple(mask.shape)}")
+    if not ((mask >= 0) & (mask <= 1)).all():
+        raise ValueError("a mask is bool or coverage in [0, 1], this one has other values")
     rows, columns = (mask > 0).any(1).nonzero(), (mask > 0).any(0).nonzero()
     if len(rows) == 0:
         raise ValueError("the mask is empty")
@@ -161,8 +174,12 @@ class PromptEncoder(nn.Module):
         return sinusoidal(xy, self.width, max(self.grid) / 2).to(self.corner_kind.dtype)
 
     def boxes(self, boxes: Float[Tensor, "B P 4"]) -> PromptBatch:
-        """Box prompts.  Values are not checked: the training loop must not wait for the device."""
+        """Box prompts.  Values are not checked: the training loop must not wait for the device.
+
+        What is not finite (padding that the loss leaves out) is moved into the square, so that it has no NaN gradient.
+        """
         batch, count = boxes.shape[:2]
+        boxes = boxes.nan_to_num(0.0, 1.0, 0.0)
         tokens = self.basis(boxes.reshape(batch, count, 2, 2)) + self.corner_kind
         penalty = box_penalty(boxes, self.grid)[:, :, None].expand(-1, -1, 2, -1)
         return PromptBatch(tokens=tokens, penalty=penalty, valid=_all_valid(tokens), boxes=boxes.float())
@@ -210,17 +227,31 @@ class PromptEncoder(nn.Module):
                 boxes=torch.cat([corners[..., :2].amin(0), corners[..., 2:].amax(0)], -1),
             )
         if isinstance(prompt, Box):
-            box = self.corner_kind.new_tensor([[[prompt.x0, prompt.y0, prompt.x1, prompt.y1]]])
+            box = self._numbers(prompt)
             check_boxes(box)
             return self.boxes(box)
         if isinstance(prompt, Point):
             return self._point(prompt)
-        if isinstance(prompt, Mask):
+        if isinstance(prompt, Mask) and isinstance(prompt.mask, Tensor):
             return self._mask(prompt.mask.to(self.corner_kind.device))
-        return self.texts(prompt.embedding.to(self.corner_kind.device)[None, None])
+        if isinstance(prompt, Text) and isinstance(prompt.text, Tensor):
+            if prompt.text.shape != (self.text_projection.in_features,):
+                shape = tuple(prompt.text.shape)
+                raise ValueError(f"a text embedding has shape ({self.text_projection.in_features},), this one {shape}")
+            return self.texts(prompt.text.to(self.corner_kind.device)[None, None])
+        raise TypeError(
+            f"{prompt!r} is no prompt: ClocModel takes Box, Point, Mask (of a tensor), Text (of an embedding by "
+            "encode_text) and tuples of them; Predictor takes strings and other masks too"
+        )
+
+    def _numbers(self, prompt: Box | Point) -> Float[Tensor, "1 1 C"]:
+        try:
+            return self.corner_kind.new_tensor([[[float(value) for value in astuple(prompt)]]])
+        except (TypeError, ValueError):
+            raise TypeError(f"{prompt!r}: coordinates are real numbers") from None
 
     def _point(self, point: Point) -> PromptBatch:
-        xy = self.corner_kind.new_tensor([[[point.x, point.y]]])
+        xy = self._numbers(point)
         if not (torch.isfinite(xy).all() and (xy >= 0).all() and (xy <= 1).all()):
             raise ValueError(f"{point} lies outside the square [0, 1] (normalised, not pixels)")
         tokens = (self.basis(xy) + self.point_kind)[:, :, None]

@@ -9,6 +9,8 @@ S side of the square image in pixels, K patches kept of the N.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -127,6 +129,46 @@ def dense_embedding(towers: Any, tokens: Float[Tensor, "B N D"]) -> Float[Tensor
         return towers.visual_projection(towers.vision_model.post_layernorm(tokens))
     batch, count, width = tokens.shape
     return towers.vision_model.head(tokens.reshape(batch * count, 1, width)).reshape(batch, count, -1)
+
+
+@contextmanager
+def recorded_pool_input(towers: Any) -> Iterator[list[Float[Tensor, "B L D"]]]:
+    """A list that receives, from every forward pass inside, the tokens that `pool` takes (CLIP: class token first)."""
+    inputs: list[Tensor] = []
+    vision = towers.vision_model
+    pools = vision.encoder.layers[-1] if towers.config.model_type == "clip" else vision.head
+    hook = pools.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    try:
+        yield inputs
+    finally:
+        hook.remove()
+
+
+def pool(towers: Any, tokens: Float[Tensor, "B L D"], bias: Float[Tensor, "B P N"]) -> Float[Tensor, "B P E"]:
+    """The tower's pooled embedding, not normalised, with `bias` added to the attention of the pooling to the patches.
+
+    A bias of 0 gives the image embedding.  CLIP pools in its last layer, by the class token; it still attends to itself
+    and keeps its residual.
+    """
+    bias = bias.to(tokens.dtype)
+    if towers.config.model_type != "clip":
+        head = towers.vision_model.head
+        query = head.probe.expand(len(tokens), bias.shape[1], -1)
+        mask = bias.repeat_interleave(head.attention.num_heads, 0)
+        x = head.attention(query, tokens, tokens, attn_mask=mask, need_weights=False)[0]
+        return x + head.mlp(head.layernorm(x))
+    layer = towers.vision_model.encoder.layers[-1]
+    attention, x = layer.self_attn, layer.layer_norm1(tokens)
+    query, key, value = (
+        project(part).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        for project, part in ((attention.q_proj, x[:, :1]), (attention.k_proj, x), (attention.v_proj, x))
+    )
+    query = query.expand(-1, -1, bias.shape[1], -1)
+    mask = torch.nn.functional.pad(bias, (1, 0))[:, None]
+    seen = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    x = tokens[:, :1] + attention.out_proj(seen.transpose(1, 2).flatten(2))
+    x = x + layer.mlp(layer.layer_norm2(x))
+    return towers.visual_projection(towers.vision_model.post_layernorm(x))
 
 
 def position_table(towers: Any) -> tuple[torch.nn.Embedding, int]:

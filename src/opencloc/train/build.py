@@ -25,6 +25,7 @@ def build_model(config: TrainConfig, resume_from: Path | None = None) -> tuple[C
     A resumed run takes its processor (and architecture) from its checkpoint; weights are loaded by the caller.
     """
     model, processor = _build(config, resume_from)
+    model.config.regions_trained |= config.loss.region_weight > 0
     model.float()  # weights are fp32 whatever the checkpoint was saved in; `precision` says what is computed in
     model.set_attn_implementation(config.model.attention)
     apply_options(model, config)
@@ -53,10 +54,11 @@ def _build(config: TrainConfig, resume_from: Path | None) -> tuple[ClocModel, Cl
     if resume_from is not None:
         processor = ClocProcessor.from_pretrained(resume_from)
         return ClocModel(ClocConfig.from_pretrained(resume_from)), processor
-    region = {
+    region: dict[str, Any] = {
         name: getattr(model_config, name)
         for name in ("prompter", "prompter_heads", "prior_slope", "shared_positions", "box_head")
     }
+    region["regions_trained"] = False  # `build_model` says otherwise where the loss has regions
     if model_config.init_from is not None:
         kind = AutoConfig.from_pretrained(model_config.init_from).model_type
         if kind == "cloc":

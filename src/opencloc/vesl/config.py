@@ -1,8 +1,4 @@
-"""Configuration of a labelling run, and the manifest that keeps labels of different configurations apart.
-
-Owns `LabelConfig`, which of its fields decide what the labels are (the recipe), and the file `NAME_manifest.json` in
-every folder that gets labels.
-"""
+"""Configuration of a labelling run, and the manifest that keeps labels of different configurations apart."""
 
 from __future__ import annotations
 
@@ -10,20 +6,20 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from opencloc import files
 from opencloc.config import Strict
-from opencloc.vesl.caption import CaptionConfig
-from opencloc.vesl.detect import AutoDtype
+from opencloc.devices import Precision
+from opencloc.errors import redacted
+from opencloc.vesl.captioners import CaptionConfig
 from opencloc.vesl.filters import FilterConfig
 
 _VERSIONS_OF = ("opencloc", "torch", "transformers", "nltk", "numpy", "pillow", "pyarrow")
 # What may differ between runs that write labels of one name: where the data is and how fast it goes.
-_NOT_HASHED = ("data", "output", "name", "device", "batch_size")
+_NOT_HASHED = ("data", "out", "name", "device", "batch_size")
 _CAPTIONS_NOT_HASHED = ("batch_size", "device", "concurrency", "retries", "timeout_s", "api_key_env")
 
 
@@ -36,25 +32,26 @@ class LabelConfig(Strict):
 
     data: tuple[str, ...]
     """Tars (`DIR`, `{00000..00099}.tar`, `s3://...`), image folders or COCO folders (`coco:DIR?split=train`)."""
-    output: str | None = None
-    """Folder for the labels; by default they lie beside the tars, the image folder or the COCO JSON."""
+    detector: str
+    """Step 3: folder or hub id of an OWLv2, OWL-ViT or Grounding DINO checkpoint (published:
+    google/owlv2-large-patch14-ensemble), or your own detector as `FILE.py:FACTORY?key=value`."""
+    out: str | None = None
+    """Folder for the labels.  By default they lie beside the tars or the COCO JSON, or in the image folder."""
     name: str = "vesl"
     """Name of these labels; several may lie side by side."""
     captions: CaptionConfig = field(default_factory=CaptionConfig)
     """Step 1."""
     phrases: Literal["nouns", "n-grams"] = "nouns"
-    """Step 2: noun phrases, or the n-gram baseline of OWL-ST."""
+    """Step 2: noun phrases, or the n-gram baseline of OWL-ST.  Both are for English captions; others are counted as
+    `not English` and get no labels."""
     max_phrases: int | None = None
     """Most phrases per image; by default the published 20 noun phrases or 300 n-grams."""
-    detector: str = "google/owlv2-large-patch14-ensemble"
-    """Step 3: local folder or hub id of an OWLv2, OWL-ViT or Grounding DINO checkpoint, or your own detector as
-    `package.module:factory?key=value`."""
     resolution: int = 448
     """Long side of the detector's input in pixels."""
-    dtype: AutoDtype = "auto"
-    """Precision of the detector; `auto`: bf16 on a GPU, fp32 on the CPU."""
+    precision: Precision = "auto"
+    """Of the detector.  `auto`: bf16 where the hardware has it."""
     device: str = "auto"
-    """Where the detector runs: `auto` (CUDA where there is one), `cpu`, `cuda:1`, ..."""
+    """Where the detector runs: `auto` (the GPU if there is one), `cpu`, `cuda:1`, ..."""
     filters: FilterConfig = field(default_factory=FilterConfig)
     """Which detections become regions."""
     image_px: int = 1024
@@ -88,12 +85,13 @@ def recipe(config: LabelConfig) -> dict[str, Any]:
     """The part of the configuration that decides what the labels are.
 
     A caption server's address is left out where the model is named by `server_model`: it changes with every job.
+    Passwords and keys are left out.
     """
     parts = {name: value for name, value in asdict(config).items() if name not in _NOT_HASHED}
     captions = {name: value for name, value in parts["captions"].items() if name not in _CAPTIONS_NOT_HASHED}
-    if config.captions.captioner.startswith(("http://", "https://")) and config.captions.server_model:
+    if config.captions.uses_server and config.captions.server_model:
         captions["captioner"] = "server"
-    return parts | {"captions": captions}
+    return parts | {"captions": captions, "detector": redacted(config.detector)}
 
 
 def config_hash(config: LabelConfig) -> str:
@@ -106,27 +104,31 @@ def manifest_path(folder: str, name: str) -> str:
     return f"{folder}/{name}_manifest.json" if folder else f"{name}_manifest.json"
 
 
-def write_manifests(config: LabelConfig, folders: Iterable[str]) -> None:
-    """Writes a manifest into every folder that gets labels, making the folder, or checks the one that is there.
+def write_manifests(config: LabelConfig, folders: Iterable[str]) -> list[str]:
+    """Paths of the manifests written: one into every folder that gets labels, unless it is there and agrees.
 
     Raises ValueError, naming the manifest and every field that differs, if the labels of this name were made with
     another recipe.
     """
+    written = []
     for folder in folders:
         path = manifest_path(folder, config.name)
         if files.exists(path):
             _check_manifest(path, config)
             continue
+        shown = asdict(config)
+        shown |= {"data": [redacted(spec) for spec in config.data], "detector": redacted(config.detector)}
+        shown["out"] = None if config.out is None else redacted(config.out)
         content = {
             "name": config.name,
-            "config": asdict(config),
+            "config": shown,
             "recipe": recipe(config),
             "config_hash": config_hash(config),
             "versions": versions(),
         }
-        if (local := files.local_path(folder)) is not None:
-            os.makedirs(local or ".", exist_ok=True)
-        files.write_bytes(path, json.dumps(content, indent=2).encode() + b"\n")
+        files.write_json(path, content)
+        written.append(path)
+    return written
 
 
 def _check_manifest(path: str, config: LabelConfig) -> None:

@@ -1,7 +1,6 @@
 """From samples to sidecar rows: caption -> phrases -> detection -> filters, in batches (VESL, paper section 3.3).
 
-Owns the order of the steps, batching, and what an error does: it is written into the row of the image that caused it,
-counted by reason, and the rest go on.  Which samples, and where the rows go, is `label.py`'s.
+An error is written into the row of the image that caused it and counted by reason; the rest go on.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from typing import TypeVar
 
 from opencloc.data.sample import Sample
 from opencloc.data.sidecar import SidecarRow
-from opencloc.errors import BadSample
-from opencloc.vesl.caption import Captioner
+from opencloc.errors import BadSample, redacted
+from opencloc.vesl.captioners import Captioner
 from opencloc.vesl.detect import Detections, Detector
 from opencloc.vesl.filters import FilterConfig, filter_detections
 
 Item = TypeVar("Item")
 
-MAX_FAILURES_IN_A_ROW = 64  # images; then it isn't the images' fault
+MAX_FAILURES_IN_A_ROW = 64  # images; then it is not the images' fault
 NUM_EXAMPLES = 3  # keys kept for every reason of failure
 _MAX_ERROR_CHARS = 500
 
@@ -45,8 +44,8 @@ class Engine:
 
 
 @dataclass(kw_only=True)
-class Failures:
-    """How many failed for one reason, with the first few keys."""
+class Skipped:
+    """How many were left out for one reason, with the first few keys."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
@@ -63,7 +62,7 @@ class Tally:
 
     phrases: int = 0  # of the rows without an error
     images_without_phrases: int = 0
-    failed: dict[str, Failures] = field(default_factory=dict)  # rows with an error, by reason
+    skipped: dict[str, Skipped] = field(default_factory=dict)  # by reason; those with a key have a row with an error
     dropped: Counter[str] = field(default_factory=Counter)  # detections, by filter
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # by step; `wait`: for images
     failures_in_a_row: int = 0  # of the detector
@@ -77,10 +76,14 @@ class Tally:
         finally:
             self.seconds[step] += time.perf_counter() - start
 
+    def skip(self, reason: str, key: str) -> None:
+        """One more is left out."""
+        self.skipped.setdefault(reason, Skipped()).add(key)
+
     def add(self, row: SidecarRow, reason: str | None, num_phrases: int) -> None:
         """One more row; `reason` of its error, or None."""
         if reason is not None:
-            self.failed.setdefault(reason, Failures()).add(row.key)
+            self.skip(reason, row.key)
             return
         self.phrases += num_phrases
         self.images_without_phrases += not num_phrases
@@ -104,15 +107,19 @@ def _label_batch(engine: Engine, batch: Sequence[Sample | BadSample], tally: Tal
         answers = engine.captioner.caption(good) if good else []
     captions: dict[str, str] = {}
     for sample, answer in zip(good, answers, strict=True):
-        if isinstance(answer, str):
+        if isinstance(answer, BadSample):
+            bad[sample.key] = answer
+        elif is_unicode(answer):
             captions[sample.key] = answer
         else:
-            bad[sample.key] = answer
+            bad[sample.key] = BadSample("not Unicode", sample.key, "half a surrogate pair in the caption")
     phrases: dict[str, tuple[str, ...]] = {}
     with tally.clock("phrases"):
         for key, caption in captions.items():
             try:
                 phrases[key] = tuple(engine.phrases(caption))
+            except BadSample as error:
+                bad[key] = BadSample(error.reason, key, error.detail)
             except Exception as error:  # whatever a caption from the web can provoke
                 bad[key] = BadSample("phrases failed", key, _describe(error))
     asked = [sample for sample in good if phrases.get(sample.key)]
@@ -189,14 +196,24 @@ def _row(
             found = error
         else:
             tally.dropped += dropped
-            texts = tuple(phrases[number] for number in kept.phrase)
+            texts = tuple(phrases[number] for number in kept.phrase) if kept.texts is None else tuple(kept.texts)
             return SidecarRow(key=key, caption=caption, boxes=kept.boxes, texts=texts, scores=kept.scores), None
     reason = f"detector failed ({type(found).__name__})"
     return _error_row(key, caption, reason, str(found)), reason
 
 
 def _error_row(key: str, caption: str | None, reason: str, detail: str) -> SidecarRow:
-    return SidecarRow(key=key, caption=caption, error=f"{reason}: {detail}"[:_MAX_ERROR_CHARS] if detail else reason)
+    error = redacted(f"{reason}: {detail}")[:_MAX_ERROR_CHARS] if detail else reason
+    return SidecarRow(key=key, caption=caption, error=error.encode(errors="replace").decode())
+
+
+def is_unicode(text: str) -> bool:
+    """Whether the text can be written: it holds no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _describe(error: Exception) -> str:

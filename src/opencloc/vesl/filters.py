@@ -1,7 +1,4 @@
-"""Which of a detector's boxes become region texts: named filters, each of which can be counted.
-
-Owns the rules and their order.  `filter_detections` is a pure function of one image's detections; the counts by name
-go into every shard's statistics, so that a threshold that eats too much is seen.
+"""Which of a detector's boxes become region texts: named filters, whose counts go into every shard's statistics.
 
 Symbols: D detections of one image.
 """
@@ -10,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -63,11 +60,11 @@ def filter_detections(
     `score`, `words` (phrase too long), `best_phrase` (another phrase scores higher on the very same box), `min_area`,
     `max_area`, `nms`, `duplicate`.  Ties go to the detection that the detector named first.
 
-    Raises ValueError if a box is not finite, a score lies outside [0, 1] or a phrase number doesn't exist.
+    Raises ValueError if a box is not finite, a score lies outside [0, 1] or there is no phrase of a number.
     """
     _check(found, len(phrases))
     dropped: Counter[str] = Counter()
-    found = Detections(boxes=found.boxes.clip(0, 1), scores=found.scores, phrase=found.phrase)
+    found = replace(found, boxes=found.boxes.clip(0, 1))
     found = found.take(np.argsort(-found.scores, kind="stable"))
 
     def keep(name: str, mask: np.ndarray) -> None:

@@ -1,10 +1,8 @@
 """Grounding DINO and MM Grounding DINO as detectors.
 
-Owns the prompt (an image's phrases joined by full stops), the way back from token scores to phrases, and batching that
-leaves every image's result as it would be alone.  The model is transformers'.
-
-Images are prepared here because the result must not depend on the batch: transformers' processor pads to the largest
-image of the batch, and the backbone sees the padding.  Every image is padded to the same square instead.
+An image's phrases are joined by full stops into a prompt, and the scores of its tokens become scores of phrases.  Every
+image is padded to the same square, since transformers' processor pads to the largest image of the batch and the
+backbone sees the padding: results would depend on the batch.
 
 Symbols: R prompts (one per image, more where an image's phrases don't fit one), K object queries, T text tokens,
 P phrases of the prompt that has most, S pixels of the square.
@@ -20,9 +18,10 @@ import torch
 from jaxtyping import Float, Int64
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForZeroShotObjectDetection, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModelForZeroShotObjectDetection
 
-from opencloc.vesl.detect import Detections, Dtype, no_detections, torch_dtype
+from opencloc.model.loading import load_model, load_processor, load_tokenizer
+from opencloc.vesl.detect import Detections, Dtype, no_detections
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,7 @@ class GroundingDinoDetector:
 
     `resolution` is the long side in pixels, at least 32; the checkpoints were trained with a short side of 800.
     A phrase's score is the mean over its tokens, as in the authors' evaluation on COCO.  `dtype` bf16 runs under
-    autocast, since the deformable attention isn't written for half precision throughout.
+    autocast, since the deformable attention is not written for half precision throughout.
 
     Raises ValueError for a resolution below 32.
     """
@@ -49,15 +48,15 @@ class GroundingDinoDetector:
     ) -> None:
         if resolution < 32:
             raise ValueError(f"resolution must be at least 32 for {path}, got {resolution}")
-        model = AutoModelForZeroShotObjectDetection.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+        model = load_model(AutoModelForZeroShotObjectDetection, path, dtype=torch.float32)
         self._model = model.eval().to(device)
         self._device = device
-        self._dtype = torch_dtype(dtype)
+        self._bf16 = dtype == "bf16"
         self._resolution = resolution
         self._score_threshold = score_threshold
-        self._tokenizer = AutoTokenizer.from_pretrained(path)
+        self._tokenizer = load_tokenizer(path)
         self._separator = self._tokenizer.convert_tokens_to_ids(".")
-        pixels = AutoImageProcessor.from_pretrained(path)
+        pixels = load_processor(path, AutoImageProcessor)
         self._mean, self._std = (
             torch.tensor(values, device=device).view(1, 3, 1, 1) * 255
             for values in (pixels.image_mean, pixels.image_std)
@@ -74,7 +73,7 @@ class GroundingDinoDetector:
         pixels, pixel_mask = self._pixels(images)
         rows = torch.tensor([prompt.image for prompt in prompts], device=self._device)
         token_ids, phrase_of_token = self._tokens(prompts)
-        with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._bf16):
             output = self._model(
                 pixel_values=pixels[rows],
                 pixel_mask=pixel_mask[rows],

@@ -1,8 +1,4 @@
-"""One shard labelled: from its images to `NAME.parquet` and `NAME_stats.json` beside it.
-
-Owns what the shards of an input are and `label_shard`, the one function that everything else schedules (`run.py`).  The
-configuration is `label_config.py`'s, the steps inside are `engine.py`'s, the file format `opencloc.data.sidecar`'s.
-"""
+"""One shard labelled: from its images to `NAME.parquet` and `NAME_stats.json`."""
 
 from __future__ import annotations
 
@@ -22,15 +18,15 @@ from opencloc.data.sources.coco import Coco
 from opencloc.data.sources.folder import ImageFolder
 from opencloc.data.sources.spec import open_source, parse_spec
 from opencloc.data.tars.shards import expand_urls, iter_shard
-from opencloc.errors import BadSample
-from opencloc.vesl.caption import load_captioner
+from opencloc.errors import BadSample, redacted
+from opencloc.vesl.captioners import load_captioner
 from opencloc.vesl.config import LabelConfig, config_hash, versions
-from opencloc.vesl.detect import load_detector
-from opencloc.vesl.engine import Engine, Failures, Tally, label_samples
+from opencloc.vesl.detectors import load_detector
+from opencloc.vesl.engine import Engine, Skipped, Tally, is_unicode, label_samples
 from opencloc.vesl.phrases import MAX_PHRASES, NGRAM_MAX_PHRASES, extract_phrases, ngram_phrases, tagger_weights
 
-Progress = Callable[[int, int, int], None]
-"""Called after every batch with the images, regions and failed images since the last call."""
+Progress = Callable[[int], None]
+"""Called after every batch with the number of its images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +40,8 @@ class Shard:
     @property
     def label(self) -> str:
         """How people are told which shard it is."""
-        return self.source if self.span is None else f"{self.source} images {self.span[0]} to {self.span[1] - 1}"
+        source = redacted(self.source)
+        return source if self.span is None else f"{source} images {self.span[0]} to {self.span[1] - 1}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +51,12 @@ class ShardReport:
     source: str
     sidecar: str
     config_hash: str
-    images: int  # rows of the sidecar, those with an error included
+    images: int  # rows of the sidecar
+    labelled: int  # rows without an error
     regions: int
     phrases: int
     images_without_phrases: int
-    failed: dict[str, Failures]  # rows with an error, by reason
-    problems: dict[str, Failures]  # what has no row (a truncated tar, a second sample of one key), by reason
+    skipped: dict[str, Skipped]  # images without labels and what has no row (a truncated tar, a key again), by reason
     dropped: dict[str, int]  # detections, by filter
     seconds: dict[str, float]  # by step
     models: dict[str, str]
@@ -69,21 +66,24 @@ class ShardReport:
 def find_shards(config: LabelConfig) -> list[Shard]:
     """The shards of the input, in order.
 
-    Raises FileNotFoundError for what isn't there, ValueError for a kind of source that can't be labelled, and if two
+    Raises FileNotFoundError for what is not there, ValueError for a kind of source that cannot be labelled, and if two
     shards would write the same file.
     """
     _source.cache_clear()  # images may have come since
-    shards = [shard for spec in config.data for shard in _shards_of(spec, config)]
+    try:
+        shards = [shard for spec in config.data for shard in _shards_of(spec, config)]
+    except ImportError as error:  # fsspec's, for an `s3://` without s3fs
+        raise ValueError(f"{redacted(', '.join(config.data))}: {error}") from error
     owners: dict[str, str] = {}
     for shard in shards:
         if shard.sidecar in owners:
-            raise ValueError(f"{shard.source} and {owners[shard.sidecar]} would both be labelled in {shard.sidecar}")
-        owners[shard.sidecar] = shard.source
+            raise ValueError(f"{shard.label} and {owners[shard.sidecar]} would both be labelled in {shard.sidecar}")
+        owners[shard.sidecar] = shard.label
     return shards
 
 
 def _shards_of(spec: str, config: LabelConfig) -> list[Shard]:
-    name = config.name if config.output is None else f"{config.output.rstrip('/')}/{config.name}"
+    name = config.name if config.out is None else f"{config.out.rstrip('/')}/{config.name}"
     kind, location, options = parse_spec(spec)
     if kind == "shards":
         if options:
@@ -124,38 +124,39 @@ def label_shard(
     `engine` is what `load_engine(config)` returns (the default; one per process is kept).  `retry`: rows without an
     error are taken over from the sidecar that is there, the others and samples that are missing there are redone.
 
-    What one sample causes goes into its row.  Raises OSError if the shard can't be read or the labels can't be
+    What one sample causes goes into its row.  Raises OSError if the shard cannot be read or the labels cannot be
     written, `ModelFailure` or `CaptionerError` if the models fail on everything; nothing is written then.
     """
     engine = engine or load_engine(config)
     done, earlier = _earlier(shard) if retry else ({}, None)
-    tally, problems = Tally(), dict[str, Failures]()
+    tally = Tally()
     rows: dict[str, SidecarRow] = {}
     order: list[str] = []
     start = time.perf_counter()
-    for batch in label_samples(engine, _fresh(shard, config.image_px, done, order, problems), tally):
+    for batch in label_samples(engine, _fresh(shard, config.image_px, done, order, tally), tally):
         rows.update((row.key, row) for row in batch)
         if progress:
-            failed = sum(row.error is not None for row in batch)
-            progress(len(batch), sum(len(row.texts) for row in batch), failed)
+            progress(len(batch))
     tally.seconds["total"] = time.perf_counter() - start
     in_order = [rows.get(key) or done[key] for key in order]
-    report = _report(config, shard, engine, in_order, tally, problems, earlier)
+    report = _report(config, shard, engine, in_order, tally, earlier)
     write_sidecar(shard.sidecar, in_order, asdict(report))
     return report
 
 
 def _fresh(
-    shard: Shard, image_px: int, done: dict[str, SidecarRow], order: list[str], problems: dict[str, Failures]
+    shard: Shard, image_px: int, done: dict[str, SidecarRow], order: list[str], tally: Tally
 ) -> Iterator[Sample | BadSample]:
-    """The samples that are not `done`.  All keys go into `order`, what belongs to no key into `problems`."""
+    """The samples that are not `done`.  All keys go into `order`; what has no key of its own is skipped."""
     seen: set[str] = set()
     for item in _samples(shard, image_px, done):
         key = item if isinstance(item, str) else item.key if isinstance(item, Sample) else item.where
         if isinstance(item, BadSample) and key == shard.source:
-            problems.setdefault(item.reason, Failures()).add(item.detail or key)
+            tally.skip(item.reason, item.detail or key)
         elif key in seen:
-            problems.setdefault("duplicate key", Failures()).add(key)
+            tally.skip("duplicate key", key)
+        elif not is_unicode(key):
+            tally.skip("name is not Unicode", ascii(key))
         else:
             seen.add(key)
             order.append(key)
@@ -184,7 +185,7 @@ def _samples(shard: Shard, image_px: int, done: dict[str, SidecarRow]) -> Iterat
 
 
 def _earlier(shard: Shard) -> tuple[dict[str, SidecarRow], dict[str, Any] | None]:
-    """(rows without an error, stats) of a finished shard; nothing if it isn't finished."""
+    """(rows without an error, stats) of a finished shard; nothing if it is not finished."""
     if not files.exists(stats_path(shard.sidecar)):
         return {}, None
     rows = {key: row for key, row in read_sidecar(shard.sidecar).items() if row.error is None}
@@ -197,7 +198,6 @@ def _report(
     engine: Engine,
     rows: list[SidecarRow],
     tally: Tally,
-    problems: dict[str, Failures],
     earlier: dict[str, Any] | None,
 ) -> ShardReport:
     """The report on the whole sidecar; counts of work done for rows that were taken over are added to."""
@@ -208,11 +208,11 @@ def _report(
         sidecar=shard.sidecar,
         config_hash=config_hash(config),
         images=len(rows),
+        labelled=sum(row.error is None for row in rows),
         regions=sum(len(row.texts) for row in rows),
         phrases=past["phrases"] + tally.phrases,
         images_without_phrases=past["images_without_phrases"] + tally.images_without_phrases,
-        failed=tally.failed,
-        problems=problems,
+        skipped=tally.skipped,
         dropped=dict(Counter(past["dropped"]) + tally.dropped),
         seconds={step: round(past["seconds"].get(step, 0.0) + tally.seconds.get(step, 0.0), 3) for step in steps},
         models=model_ids(config, engine),
@@ -224,14 +224,14 @@ def _report(
 def load_engine(config: LabelConfig) -> Engine:
     """The captioner, phrase extraction, detector and filters that a configuration describes; one is kept per process.
 
-    Raises `CaptionerError`, RuntimeError or ValueError, naming what can't be loaded.
+    Raises `CaptionerError`, RuntimeError or ValueError, naming what cannot be loaded.
     """
     if config.phrases == "nouns":
         tagger_weights()  # here rather than at the first caption, if they are missing
     detector = load_detector(
         config.detector,
         resolution=config.resolution,
-        dtype=config.dtype,
+        precision=config.precision,
         device=config.device,
         score_threshold=config.filters.score,
     )
@@ -256,5 +256,5 @@ def model_ids(config: LabelConfig, engine: Engine) -> dict[str, str]:
     return {
         "captioner": engine.captioner.model_id,
         "phrases": tagger_weights() if config.phrases == "nouns" else "n-grams",
-        "detector": getattr(engine.detector, "model_id", config.detector),
+        "detector": redacted(getattr(engine.detector, "model_id", config.detector)),
     }

@@ -1,12 +1,9 @@
-"""OWL-ViT and OWLv2 as detectors (OWLv2 is the published choice, at 448 x 448, paper section 3.3).
+"""OWL-ViT and OWLv2 as detectors (OWLv2 at 448 x 448 is the published choice, paper section 3.3).
 
-Owns what makes them fast and exact in bulk: images encoded once and compared with their own padded phrase embeddings,
-embeddings of repeated phrases kept across images, boxes brought back from the padded square to the image.  The models
-themselves are transformers'.
+Images are encoded once and compared with their own phrases only; embeddings of repeated phrases are kept across images.
 
-Images are prepared here rather than by transformers' processor, for three reasons: that one needs torchvision or
-scipy, it works on one image at a time in double precision, and in 5.x it pads with black where the checkpoints were
-trained on grey.
+Images are prepared here rather than by transformers' processor, which needs torchvision or scipy, works on one image at
+a time in double precision, and pads with black where the checkpoints were trained on grey.
 
 Symbols: B images, N patches, Q phrases of the image that has most, D detections, E width of the text embedding.
 """
@@ -21,9 +18,10 @@ import torch
 from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForZeroShotObjectDetection, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModelForZeroShotObjectDetection
 
-from opencloc.vesl.detect import Detections, Dtype, no_detections, torch_dtype
+from opencloc.model.loading import load_model, load_processor, load_tokenizer
+from opencloc.vesl.detect import Detections, Dtype, no_detections
 
 PAD_GREY = (128, 128, 128)  # what OWLv2's own code pads with; boxes are relative to the padded square
 TEXT_BATCH = 256  # phrases per pass of the text tower
@@ -50,19 +48,19 @@ class OwlDetector:
         score_threshold: float,
         text_cache_size: int = TEXT_CACHE_SIZE,
     ) -> None:
-        model = AutoModelForZeroShotObjectDetection.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+        model = load_model(AutoModelForZeroShotObjectDetection, path, dtype=torch.float32)
         patch_px = model.config.vision_config.patch_size
         if resolution < patch_px or resolution % patch_px:
             raise ValueError(f"resolution must be a multiple of {path}'s patch size {patch_px}, got {resolution}")
         for name, part in model.named_children():
             if name not in ("box_head", "class_head"):
-                part.to(torch_dtype(dtype))
+                part.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
         self._model = model.eval().to(device)
         self._resolution = resolution
         self._score_threshold = score_threshold
         self._pads = model.config.model_type == "owlv2"  # OWL-ViT's checkpoints are used with squashed images
-        self._tokenizer = AutoTokenizer.from_pretrained(path)
-        pixels = AutoImageProcessor.from_pretrained(path)
+        self._tokenizer = load_tokenizer(path)
+        pixels = load_processor(path, AutoImageProcessor)
         self._mean, self._std = (
             torch.tensor(values, device=device).view(1, 3, 1, 1) * 255
             for values in (pixels.image_mean, pixels.image_std)

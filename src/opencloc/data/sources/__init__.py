@@ -1,1 +1,1 @@
-"""Where samples come from, each kind in a file of its own; `spec` opens them by name."""
+"""Where samples come from: a file for each kind; `spec` opens any of them by name."""

@@ -1,14 +1,13 @@
 """Crops: every region of a source becomes an image of its own, with the region's text as its caption.
 
-Owns the cutting.  This is how a plain CLIP can learn from region labels without a Prompter (RegionCLIP's way), the
-baseline that shows what the Prompter adds to the same labels.
+A plain CLIP can learn from region labels this way, without a Prompter (RegionCLIP does).  It is the baseline that shows
+what the Prompter adds to the same labels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
+from pydantic.dataclasses import dataclass
 
 from opencloc.data.sample import Sample, Source
 from opencloc.errors import BadSample
@@ -23,7 +22,7 @@ class CropsConfig:
 
 
 class Crops:
-    """An endless `Source` of crops: number i shows one region of a sample, both drawn at random from the seed and i.
+    """An endless `Source` of crops.  Number i shows a random region of a random sample, drawn from the seed and i.
 
     Of an endless source, crop i comes from sample i.  Raises `BadSample` for a sample without regions.
     """

@@ -1,17 +1,18 @@
 """Folders of image files, each with an optional `.json` and `.txt` of the same name beside it.
 
-Owns which files belong together; what stands in them is `record.py`'s, the same as in shards.
+What stands in those is the same as in shards.  Boxes refer to the pixels as stored, whatever EXIF orientation says.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+
+from pydantic.dataclasses import dataclass
 
 from opencloc import files
 from opencloc.data.record import IMAGE_EXTENSIONS, parse_record
 from opencloc.data.sample import Sample
-from opencloc.data.sidecar import SidecarRow, read_labels, with_labels
+from opencloc.data.sidecar import SidecarRow, is_label_file, read_labels, with_labels
 from opencloc.errors import BadSample
 from opencloc.images import decode_image
 
@@ -20,16 +21,16 @@ from opencloc.images import decode_image
 class FolderConfig:
     """How an image folder is read."""
 
-    sidecar: str | None = None  # name of the labels beside the folder, or FOLDER/name; they replace the json's regions
+    sidecar: str | None = None  # name of the labels in the folder, or FOLDER/name; they replace the json's regions
     image_px: int | None = None  # decode JPEGs no larger than needed for this long side; None: in full
 
 
 class ImageFolder:
     """The images under a folder by number, at any depth, in the order of their sorted paths.
 
-    Keys are paths below the folder without their extension.  Files that are neither image nor annotation are counted in
-    `skipped`, and so is an image whose key an earlier one has (`a.jpg`, `a.png`).  Raises `FileNotFoundError` if the
-    folder doesn't exist, `ValueError` if it holds no image.
+    A key is the path below the folder without its extension.  Files that are neither image nor annotation are counted
+    in `skipped`, and so is an image with the key of an earlier one (`a.jpg`, `a.png`).  Raises `FileNotFoundError` if
+    the folder doesn't exist, `ValueError` if it holds no image.
     """
 
     def __init__(self, location: str, config: FolderConfig | None = None) -> None:
@@ -47,6 +48,8 @@ class ImageFolder:
                 self.skipped["name is not utf-8"] += 1
             elif extension in ("json", "txt"):
                 notes.add(name)
+            elif extension == "parquet":
+                pass  # labels that lie in the folder
             elif extension.lower() not in IMAGE_EXTENSIONS or not key or key.endswith("/"):
                 self.skipped["not an image"] += 1
             elif key in keys:
@@ -57,7 +60,7 @@ class ImageFolder:
         if not self._names:
             raise ValueError(f"{location}: no image among {len(names)} files (*.{', *.'.join(IMAGE_EXTENSIONS)})")
         self._notes = {note for note in notes if note.rpartition(".")[0] in keys}
-        if alone := len(notes - self._notes):
+        if alone := sum(not is_label_file(note) for note in notes - self._notes):
             self.skipped["annotation without an image"] = alone
         self._labels: dict[str, SidecarRow] | None = None
         if self.config.sidecar is not None:

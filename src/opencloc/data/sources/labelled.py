@@ -1,13 +1,8 @@
-"""Opening a data set together with its region labels, for the commands that look at labels.
-
-Owns how the labels beside the images are chosen; reading them is `sidecar.py`'s and the sources'.
-"""
+"""Opening a data set together with the region labels beside it, for the commands that look at labels."""
 
 from __future__ import annotations
 
-import glob
 import os
-import re
 from collections import Counter
 
 from opencloc import files
@@ -26,13 +21,11 @@ def open_labelled(spec: str, sidecar: str | None = None) -> Source:
     Raises as `open_source`, and `ValueError` if several labels lie beside the images and none was chosen, or `sidecar`
     is given for a source that has no labels beside it.
     """
-    if sidecar is not None:
-        return open_source(_with_option(spec, f"sidecar={sidecar}"))
-    source = open_source(spec)
+    source = open_source(spec, sidecar=sidecar)
     if labels_of(source) is None and (names := _labels_beside(source)):
         if len(names) > 1:
             raise ValueError(f"{spec} has the labels {', '.join(names)}: choose one as sidecar")
-        return open_source(_with_option(spec, f"sidecar={names[0]}"))
+        return open_source(spec, sidecar=names[0])
     return source
 
 
@@ -44,11 +37,6 @@ def labels_of(source: Source) -> str | None:
 def left_out(source: Source) -> Counter[str]:
     """What a source left out when it was opened, by reason."""
     return Counter(getattr(source, "problems", None) or getattr(source, "skipped", None) or {})
-
-
-def _with_option(spec: str, option: str) -> str:
-    has_options = re.search(r"[?]\w+=[^?]*$", spec)  # as `open_source` tells them from a wildcard
-    return f"{spec}{'&' if has_options else '?'}{option}"
 
 
 def _labels_beside(source: Source) -> list[str]:
@@ -63,7 +51,10 @@ def _labels_beside(source: Source) -> list[str]:
         return []
     names: set[str] = set()
     for part in (None, 0):
-        start = sidecar_path(place, "NAME", part).removesuffix("NAME.parquet")
-        for path in files.glob(f"{glob.escape(start)}*.parquet"):
-            names.add(os.path.basename(path).removeprefix(os.path.basename(start)).removesuffix(".parquet"))
+        folder, pattern = os.path.split(sidecar_path(place, "NAME", part))
+        before, _, after = pattern.rpartition("NAME")
+        there = files.children(folder) if files.is_folder(folder or ".") else []
+        for file in map(os.path.basename, there):
+            if file.startswith(before) and file.endswith(after):
+                names.add(file.removeprefix(before).removesuffix(after))
     return sorted(names)

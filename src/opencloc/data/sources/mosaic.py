@@ -1,22 +1,24 @@
 """Mosaics: many image-text pairs become one image whose tiles are regions with texts.
 
-Owns the composition.  Any source of photos with captions gives region-text data this way without a single human box:
-a k x k mosaic has k * k regions, each tile's text is its photo's caption, and the mosaic's caption names all of them.
+Any source of photos with captions gives region-text data this way, without a single human box.  A k x k mosaic has
+k * k regions.  The text of a tile is its photo's caption; the mosaic's caption names all of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import numpy as np
+from cachetools import FIFOCache
 from PIL import Image
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from opencloc.data.sample import Sample, Source
 from opencloc.errors import BadSample
@@ -38,38 +40,27 @@ class NamedSource(Source, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class MosaicConfig:
-    """Which mosaics.
+    """Which mosaics.  Raises `ValueError` for options out of range."""
 
-    Raises `ValueError`, naming the value and the allowed range, for options out of range.
-    """
-
-    grid: str = "2-3"  # tiles per side: "2", or "2-3" for a random number in this range, 1 to 8
-    image_px: int = 96  # side of the square mosaic
+    grid: Annotated[str, Field(pattern="^[1-8](-[1-8])?$")] = "2-3"  # tiles per side: "2", or a range such as "2-3"
+    image_px: Annotated[int, Field(le=4096)] = 96  # side of the square mosaic, at least 16 for each tile
     seed: int = 0
     split: Literal["train", "test", "all"] = "all"  # by a hash of the photo's name: the same whatever the seed
-    test_share: float = 0.1  # of the photos
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of the photos
     augment: bool = False  # random crops and horizontal flips of each tile instead of centre crops
-    cache_mb: int = 512  # decoded small photos kept per process
+    cache_mb: Annotated[int, Field(ge=0)] = 512  # decoded small photos kept per process
 
     def __post_init__(self) -> None:
-        _, high = self.tiles_per_side
-        if not 16 * high <= self.image_px <= 4096:
-            raise ValueError(f"image_px is {self.image_px}; allowed for {high} tiles per side: {16 * high} to 4096")
-        if not 0 < self.test_share < 1:
-            raise ValueError(f"test_share is {self.test_share}; allowed: between 0 and 1")
-        if self.split not in ("train", "test", "all"):
-            raise ValueError(f"split is {self.split!r}; allowed: train, test, all")
-        if self.cache_mb < 0:
-            raise ValueError(f"cache_mb is {self.cache_mb}; allowed: 0 or more")
+        low, high = self.tiles_per_side
+        if low > high:
+            raise ValueError(f"grid is {self.grid}: the range runs backwards")
+        if self.image_px < 16 * high:
+            raise ValueError(f"image_px is {self.image_px}: {high} tiles per side need at least {16 * high}")
 
     @property
     def tiles_per_side(self) -> tuple[int, int]:
         """(fewest, most) tiles per side."""
-        match = re.fullmatch(r"([1-8])(?:-([1-8]))?", self.grid)
-        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 1 <= low <= high:
-            raise ValueError(f"grid is {self.grid!r}; allowed: a number from 1 to 8 or a range such as '2-3'")
-        return low, high
+        return int(self.grid[0]), int(self.grid[-1])
 
 
 def is_test(identity: str, test_share: float) -> bool:
@@ -83,7 +74,7 @@ class Mosaic:
 
     Each tile is filled by a crop of its photo, so its box is the tile; boxes cover the image without gap or overlap.
     Texts within a mosaic differ where a few draws find different ones.  Photos that cannot be used are replaced by
-    others and counted, once each, in `problems`.
+    others and counted, once each, in `skipped`.
     """
 
     def __init__(self, photos: NamedSource, config: MosaicConfig | None = None) -> None:
@@ -105,12 +96,17 @@ class Mosaic:
         self._forget()
 
     def _forget(self) -> None:
-        self._kept: dict[int, tuple[np.ndarray, str]] = {}  # (H, W, 3) uint8 and text by number of the photo
-        self._kept_bytes = 0
+        """Starts with nothing read: what a process has read is its own."""
+        limit = self.config.cache_mb * 2**20
+        self._kept = FIFOCache[int, tuple[np.ndarray, str]](limit, getsizeof=lambda kept: kept[0].nbytes)
         self._unusable: dict[int, str] = {}  # reason by number of the photo
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_kept": {}, "_kept_bytes": 0, "_unusable": {}}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_kept", "_unusable")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     @property
     def size(self) -> None:
@@ -123,8 +119,8 @@ class Mosaic:
         return len(self._pool)
 
     @property
-    def problems(self) -> Counter[str]:
-        """The photos met so far in this process that could not be used, by reason."""
+    def skipped(self) -> Counter[str]:
+        """The photos that this process could not use so far, by reason."""
         return Counter(self._unusable.values())
 
     def __repr__(self) -> str:
@@ -167,7 +163,7 @@ class Mosaic:
             if usable[1] not in texts or distinct_tries == _DISTINCT_TRIES:
                 break
         if usable is None:
-            raise BadSample("no usable photo", repr(self.photos), f"{dict(self.problems)}")
+            raise BadSample("no usable photo", repr(self.photos), f"{dict(self.skipped)}")
         return usable
 
     def _photo(self, number: int) -> tuple[np.ndarray, str]:
@@ -188,17 +184,9 @@ class Mosaic:
             width, height = (max(1, round(side * shrink)) for side in image.size)
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         kept = np.asarray(image), sample.captions[0]
-        self._keep(number, kept)
-        return kept
-
-    def _keep(self, number: int, kept: tuple[np.ndarray, str]) -> None:
-        limit = self.config.cache_mb * 2**20
-        while self._kept and self._kept_bytes + kept[0].nbytes > limit:
-            oldest, _ = self._kept.pop(next(iter(self._kept)))
-            self._kept_bytes -= oldest.nbytes
-        if kept[0].nbytes <= limit:
+        with contextlib.suppress(ValueError):  # larger than the whole cache
             self._kept[number] = kept
-            self._kept_bytes += kept[0].nbytes
+        return kept
 
 
 def mosaic_caption(texts: Sequence[str]) -> str:

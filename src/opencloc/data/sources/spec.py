@@ -1,15 +1,20 @@
 """Sources by name: `KIND:LOCATION?key=value&key=value`, the one way data is named on the command line and in configs.
 
-Owns the grammar.  Kinds: `scenes` (generated, location `rich` or `easy`), `shards` (tars), `folder` (image files),
-`coco` (COCO-format JSON), `mosaic` (of the photos of any location), `crops` (of the regions of any location).  Options
-are the fields of the kind's config.  A bare path is recognised: a tar, a pattern of tars or a folder with tars is
-`shards`, a folder with `annotations/` is `coco`, any other folder is `folder`.
+Kinds: `scenes` (generated, location `rich` or `easy`), `shards` (tars), `folder` (image files), `coco` (COCO-format
+JSON), `mosaic` (of the photos of any location), `crops` (of the regions of any location).  Options are the fields of
+the kind's config.
 
     scenes:rich?num_things=120&seed=1
     shards:/data/{00000..00007}.tar?sidecar=vesl
     coco:/data/coco?split=train2017
     mosaic:/data/pairs?grid=2-3&split=train
     crops:coco:/data/coco?split=train2017?seed=1
+
+A bare path is recognised: a folder with tars is `shards`, one in COCO's or Roboflow's layout `coco`, any other
+`folder`; a tar or a pattern of tars is `shards`.
+
+A local path that exists is taken as it is, whatever `[`, `{` or `?` is in it.  Elsewhere options begin at the last `?`
+that a `name=` follows.  A `?` at the very end says that there are none: `https://host/0.tar?key=value?`.
 """
 
 from __future__ import annotations
@@ -17,15 +22,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-import types
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from opencloc import files
 from opencloc.data.sample import Sample, Source
 from opencloc.data.scenes.scenes import SceneConfig, Scenes
-from opencloc.data.sources.coco import Coco, CocoConfig
+from opencloc.data.sources.coco import Coco, CocoConfig, is_coco_folder
 from opencloc.data.sources.crops import Crops, CropsConfig
 from opencloc.data.sources.folder import FolderConfig, ImageFolder
 from opencloc.data.sources.mosaic import Mosaic, MosaicConfig, NamedSource
@@ -40,33 +46,30 @@ _CONFIGS: dict[str, type] = {
     "mosaic": MosaicConfig,
     "crops": CropsConfig,
 }
-_OPTIONS = re.compile(r"\?(\w+=[^?]*)$")  # a `?` that begins no option is part of the location (a glob's wildcard)
 
 
-def open_source(spec: str, *, image_px: int | None = None) -> Source:
+def open_source(spec: str, *, image_px: int | None = None, sidecar: str | None = None) -> Source:
     """The source that `spec` names.
 
     `image_px`: the resolution that will be needed.  Generated scenes and mosaics are made at it; of photos, JPEGs are
     decoded no larger than needed for a long side of it.  An `image_px` in the spec itself wins.
+    `sidecar`: the name of labels beside the images, as the option of that name.
 
     Raises `ValueError` naming the spec and what is wrong with it, with the allowed names or range, and
     `FileNotFoundError` for what is not there.
     """
     kind, location, options = parse_spec(spec)
-    config_type = _CONFIGS[kind]
-    values = {name: _value(spec, config_type, name, text) for name, text in options.items()}
-    if image_px is not None and kind != "crops":
-        values.setdefault("image_px", image_px)
     if kind == "scenes":
-        if "mode" in values:
+        if "mode" in options:
             raise ValueError(f"{spec}: the mode is the location, as in scenes:easy, not an option")
-        values |= {"mode": _value(spec, config_type, "mode", location)} if location else {}
+        options |= {"mode": location} if location else {}
     elif not location:
         raise ValueError(f"{spec}: a path must follow {kind}:")
-    try:
-        config = config_type(**values)
-    except ValueError as error:
-        raise ValueError(f"{spec}: {error}") from None
+    if sidecar is not None and options.setdefault("sidecar", sidecar) != sidecar:
+        raise ValueError(f"{spec} names other labels than {sidecar}")
+    if image_px is not None and kind != "crops":
+        options.setdefault("image_px", str(image_px))
+    config = _config(spec, _CONFIGS[kind], options)
     openers: dict[str, Callable[[], Source]] = {
         "scenes": lambda: Scenes(config),
         "shards": lambda: Shards(location, config),
@@ -84,20 +87,50 @@ def parse_spec(spec: str) -> tuple[str, str, dict[str, str]]:
 
     Raises as `open_source`, but for options: their names and values are not looked at.
     """
-    match = _OPTIONS.search(spec)
-    place = spec[: match.start()] if match else spec
+    kind, colon, rest = spec.partition(":")
+    if not colon or kind not in _CONFIGS:
+        kind, rest = None, spec
+    location, options = _split_options(spec, rest)
+    if kind is not None:
+        return kind, location, options
+    prefix, colon, inner = location.partition(":")
+    if colon and not inner.startswith(("//", ":")) and not files.exists(location):
+        raise ValueError(f"{spec}: unknown kind {prefix!r}{_suggest(prefix, list(_CONFIGS))}")
+    return _kind_of(spec, location), location, options
+
+
+def _split_options(spec: str, place: str) -> tuple[str, dict[str, str]]:
+    """(location, options) of what follows the kind."""
+    if (path := files.local_path(place)) is not None and files.exists(path):
+        return place, {}
+    match = re.search(r"\?(\w+=[^?]*)?$", place)
+    if match is None:
+        return place, {}
     options: dict[str, str] = {}
-    for part in match[1].split("&") if match else ():
+    for part in match[1].split("&") if match[1] else ():
         name, equals, text = part.partition("=")
         if not equals or name in options:
             raise ValueError(f"{spec}: {part!r} is not an option key=value that comes once")
+        if not text:
+            raise ValueError(f"{spec}: option {name} is empty")
         options[name] = text
-    kind, colon, location = place.partition(":")
-    if colon and kind in _CONFIGS:
-        return kind, location, options
-    if colon and not location.startswith(("//", ":")) and not files.exists(place):
-        raise ValueError(f"{spec}: unknown kind {kind!r}{_suggest(kind, list(_CONFIGS))}")
-    return _kind_of(spec, place), place, options
+    return place[: match.start()], options
+
+
+def _config(spec: str, config_type: type, options: dict[str, str]) -> Any:
+    """The config with these options, which its own types read and check."""
+    fields = {field.name: field for field in dataclasses.fields(config_type)}
+    values: dict[str, Any] = {}
+    for name, text in options.items():
+        if name not in fields:
+            raise ValueError(f"{spec}: unknown option {name!r}{_suggest(name, list(fields))}")
+        values[name] = text.split(",") if "tuple" in str(fields[name].type) else text
+    try:
+        return TypeAdapter(config_type).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        about = f"option {first['loc'][0]} is {options[str(first['loc'][0])]!r}: " if first["loc"] else ""
+        raise ValueError(f"{spec}: {about}{first['msg'].removeprefix('Value error, ')}") from None
 
 
 def take(source: Source, n: int, start: int = 0) -> tuple[list[Sample], Counter[str]]:
@@ -122,13 +155,13 @@ def take(source: Source, n: int, start: int = 0) -> tuple[list[Sample], Counter[
 
 def _kind_of(spec: str, location: str) -> str:
     """The kind of a bare path, by what lies there."""
-    if re.search(r"\.tar$|[*{\[]", location):
-        return "shards"
     if files.is_folder(location):
         folder = location.rstrip("/")
         if any(path.endswith(".tar") for path in files.children(folder)):
             return "shards"
-        return "coco" if files.is_folder(f"{folder}/annotations") else "folder"
+        return "coco" if is_coco_folder(folder) else "folder"
+    if re.search(r"\.tar$|[*{\[]", location):
+        return "shards"
     if files.exists(location):
         raise ValueError(f"{spec}: a source is a folder or *.tar; or say KIND:LOCATION with {', '.join(_CONFIGS)}")
     if location in ("rich", "easy"):
@@ -141,43 +174,6 @@ def _photos(spec: str, location: str, config: MosaicConfig) -> NamedSource:
     if not isinstance(photos, NamedSource):
         raise ValueError(f"{spec}: mosaics are made of photos (shards, folder, coco), not of {photos!r}")
     return photos
-
-
-def _value(spec: str, config_type: type, name: str, text: str) -> Any:
-    """The value of an option, of its field's type."""
-    hints = get_type_hints(config_type)
-    fields = [field.name for field in dataclasses.fields(config_type)]
-    if name not in fields:
-        raise ValueError(f"{spec}: unknown option {name!r}{_suggest(name, fields)}")
-    try:
-        return _convert(hints[name], text)
-    except ValueError as error:
-        raise ValueError(f"{spec}: option {name} is {text!r}; allowed: {error}") from None
-
-
-def _convert(hint: Any, text: str) -> Any:
-    """`text` as a value of type `hint`; raises `ValueError` saying what is allowed."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):  # only X | None occurs
-        return _convert(next(kind for kind in inner if kind is not types.NoneType), text)
-    if origin is Literal:
-        if text not in inner:
-            raise ValueError(", ".join(inner))
-        return text
-    if origin is tuple:  # tuple[X, ...]
-        return tuple(_convert(inner[0], part) for part in text.split(",") if part)
-    if hint is bool:
-        if text.lower() not in ("true", "false", "1", "0"):
-            raise ValueError("true, false")
-        return text.lower() in ("true", "1")
-    if hint is str:
-        if not text:
-            raise ValueError("a text that is not empty")
-        return text
-    try:
-        return hint(text)
-    except ValueError:
-        raise ValueError("a whole number" if hint is int else "a number") from None
 
 
 def _suggest(name: str, allowed: Sequence[str]) -> str:

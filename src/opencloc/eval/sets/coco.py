@@ -1,7 +1,6 @@
 """Region sets in COCO's JSON: recognition on COCO and LVIS, hard negatives of FG-OVD.
 
-The checks of the format are `data/coco.py`'s.  Class names are bare: no template, and in LVIS a space for every
-underscore ("mouse (computer equipment)").
+The format is `data/sources/coco.py`'s.  Class names are bare: no template, and spaces for underscores.
 """
 
 from __future__ import annotations
@@ -12,90 +11,87 @@ from typing import Any
 import numpy as np
 
 from opencloc.data.sources.coco import (
-    CROWD,
     EMPTY_BOX,
     category_of,
     field_of,
     read_box,
     read_categories,
+    read_coco,
     read_images,
     read_json,
     row_of,
 )
-from opencloc.eval.sets.item import Choices, EvalSet, Regions, Stored, base_name, first_file, first_folder, pixel_areas
+from opencloc.errors import BadSample
+from opencloc.eval.sets.item import (
+    BOXES,
+    IMAGES,
+    NO_REGIONS,
+    EvalSet,
+    Item,
+    Skipped,
+    Stored,
+    base_name,
+    first_file,
+    first_folder,
+    merge_names,
+)
 
 FREQUENCIES = {"r": "rare", "c": "common", "f": "frequent"}
-NO_REGIONS = "image without regions"
+BAD_FILE_NAME = "bad file name"
+_OF_IMAGES = (BAD_FILE_NAME, "bad image size")  # what `read_coco` and `read_images` count by images
+
+Entry = tuple[int, str, int, int]  # an image: id, file name, width and height in pixels
 
 
 def coco_recognition(
     location: str, *, split: str = "val2017", annotations: str | None = None, images: str | None = None
-) -> EvalSet[Regions]:
+) -> EvalSet:
     """COCO's boxes with their classes: `annotations/instances_SPLIT.json`, images in `SPLIT/` or `images/`."""
     path = annotations or first_file([f"{location}/annotations/instances_{split}.json"], "annotations")
     folders = [images] if images else [f"{location}/{part}" for part in (split, f"images/{split}", "images")]
-    return _recognition("coco-recognition", path, folders)
+    return _recognition(path, folders)
 
 
 def lvis_recognition(
     location: str, *, split: str = "val", annotations: str | None = None, images: str | None = None
-) -> EvalSet[Regions]:
+) -> EvalSet:
     """LVIS v1's boxes with their classes: `lvis_v1_SPLIT.json`, images under `train2017/` and `val2017/` as in COCO."""
     name = f"lvis_v1_{split}.json"
     path = annotations or first_file([f"{location}/{name}", f"{location}/annotations/{name}"], "annotations")
     folders = [images] if images else [location, f"{location}/images", f"{location}/coco"]
-    return _recognition("lvis-recognition", path, folders)
+    return _recognition(path, folders)
 
 
-def _recognition(name: str, path: str, folders: list[str]) -> EvalSet[Regions]:
-    content = read_json(path, ("images", "annotations", "categories"))
-    entries = read_images(content["images"], path)
-    rows = {image_id: row for row, (image_id, *_) in enumerate(entries)}
-    names = read_categories(content["categories"], path)
-    place = {category: label for label, category in enumerate(names)}
-    left_out: Counter[str] = Counter()
-    found: list[list[tuple[np.ndarray, int, float]]] = [[] for _ in entries]
-    for annotation in content["annotations"]:
-        row = row_of(path, annotation, rows)
-        label = place[category_of(path, annotation, names)]
-        if annotation.get("iscrowd"):
-            left_out[CROWD] += 1
-        elif (box := read_box(path, annotation, entries[row][2:])) is None:
-            left_out[EMPTY_BOX] += 1
-        else:
-            found[row].append((box, label, _area_px(annotation, box, entries[row][2:])))
-    left_out[NO_REGIONS] += sum(not regions for regions in found)
-    folder = first_folder(folders, [entry[1] for entry in entries])
-    items = [
-        Regions(
-            image=Stored(path=f"{folder}/{file_name}", expected_px=(width_px, height_px)),
-            boxes=np.stack([box for box, _, _ in regions]),
-            labels=np.array([label for _, label, _ in regions], dtype=np.int64),
-            areas_px=np.array([area for _, _, area in regions], dtype=np.float64),
-        )
-        for (_, file_name, width_px, height_px), regions in zip(entries, found, strict=True)
-        if regions
-    ]
-    groups = [FREQUENCIES.get(str(one.get("frequency")), "") for one in content["categories"]]
+def _recognition(path: str, folders: list[str]) -> EvalSet:
+    file = read_coco(path)
+    names, merged = merge_names(file.classes)
+    skipped = Counter({(IMAGES if reason in _OF_IMAGES else BOXES, reason): n for reason, n in file.skipped.items()})
+    folder = first_folder(folders, file.names)
+    items = []
+    for row, (name, size_px) in enumerate(zip(file.names, file.sizes_px.tolist(), strict=True)):
+        regions = slice(file.spans[row], file.spans[row + 1])
+        texts = tuple(file.classes[label] for label in file.labels[regions])
+        if not texts:
+            skipped[IMAGES, NO_REGIONS] += 1
+            continue
+        image = Stored(path=f"{folder}/{name}")
+        items.append(Item(image=image, annotated_px=tuple(size_px), boxes=file.boxes[regions], texts=texts))
+    noticed = [f"{reason}: {number:,}" for reason, number in file.noticed.items()]
+    groups = tuple(FREQUENCIES.get(frequency, "") for frequency in file.frequencies)
     return EvalSet(
-        name=f"{name} {base_name(path)}",
-        rules=f"name each given box among the {len(names)} bare class names; crowd annotations are left out",
+        name=base_name(path),
+        rules="; ".join(filter(None, ["crowd annotations are left out", merged, *noticed])),
         items=items,
-        left_out=dict(+left_out),
-        class_names=tuple(name.replace("_", " ") for name in names.values()),
-        class_groups=tuple(groups) if all(groups) else (),
+        num_items=len(items),
+        skipped=skipped,
+        class_names=names,
+        class_groups=groups if all(groups) and len(groups) == len(names) else (),
     )
-
-
-def _area_px(annotation: dict[str, Any], box: np.ndarray, size_px: tuple[int, int]) -> float:
-    """COCO's `area`, which is the mask's, as its own evaluation by size takes it; the box's where there is none."""
-    area = annotation.get("area")
-    return float(area) if isinstance(area, int | float) else float(pixel_areas(box[None], size_px)[0])
 
 
 def fg_ovd(
     location: str, *, split: str = "1_attributes", images: str | None = None, negatives: int | None = None
-) -> EvalSet[Choices]:
+) -> EvalSet:
     """FG-OVD's boxes with a true caption and hard negatives each: `SPLIT.json`, or the file itself as the location.
 
     Splits as the authors name the files: `1_attributes` (hard), `2_attributes` (medium), `3_attributes` (easy),
@@ -106,38 +102,54 @@ def fg_ovd(
     if not location.endswith(".json"):
         path = first_file([f"{location}/{part}{split}.json" for part in ("", "benchmarks/", "gt/")], "split")
     content = read_json(path, ("images", "annotations", "categories"))
-    entries = read_images(content["images"], path)
-    rows = {image_id: row for row, (image_id, *_) in enumerate(entries)}
+    skipped: Skipped = Counter()
+    entries, rows = images_of(path, content, skipped)
     captions = read_categories(content["categories"], path)
-    left_out: Counter[str] = Counter()
     found: list[list[tuple[np.ndarray, tuple[str, ...]]]] = [[] for _ in entries]
     for annotation in content["annotations"]:
         row = row_of(path, annotation, rows)
         category = category_of(path, annotation, captions)
         others = field_of(path, "annotation", annotation, "neg_category_ids", list)
-        if unknown := [one for one in others if one not in captions]:
+        if unknown := [one for one in others if not isinstance(one, int) or one not in captions]:
             raise ValueError(f"{path}: annotation {annotation.get('id')}: unknown neg_category_ids {unknown[:3]}")
         if not others:
-            left_out["box without hard negatives"] += 1
-        elif (box := read_box(path, annotation, entries[row][2:])) is None:
-            left_out[EMPTY_BOX] += 1
-        else:
+            skipped[BOXES, "without hard negatives"] += 1
+        elif row >= 0 and (box := try_box(path, annotation, entries[row], skipped)) is not None:
             found[row].append((box, tuple(captions[one] for one in [category, *others[:negatives]])))
-    left_out[NO_REGIONS] += sum(not regions for regions in found)
+    skipped[IMAGES, NO_REGIONS] += sum(not regions for regions in found)
+    asked = [(entry, regions) for entry, regions in zip(entries, found, strict=True) if regions]
     folders = [images] if images else [location, f"{location}/images", f"{location}/coco"]
-    folder = first_folder(folders, [entry[1] for entry in entries])
+    folder = first_folder(folders, [entry[1] for entry, _ in asked])
     items = [
-        Choices(
-            image=Stored(path=f"{folder}/{file_name}", expected_px=(width_px, height_px)),
+        Item(
+            image=Stored(path=f"{folder}/{entry[1]}"),
+            annotated_px=entry[2:],
             boxes=np.stack([box for box, _ in regions]),
-            choices=tuple(choices for _, choices in regions),
+            choices=tuple(texts for _, texts in regions),
         )
-        for (_, file_name, width_px, height_px), regions in zip(entries, found, strict=True)
-        if regions
+        for entry, regions in asked
     ]
-    return EvalSet(
-        name=f"fg-ovd {base_name(path)}",
-        rules="rank each box's true caption among its own hard negatives; a tie counts as wrong",
-        items=items,
-        left_out=dict(+left_out),
-    )
+    return EvalSet(name=base_name(path), items=items, num_items=len(items), skipped=skipped)
+
+
+# -- what the readers of COCO's JSON share -----------------------------------------------------------------------------
+
+
+def images_of(path: str, content: dict[str, Any], skipped: Skipped) -> tuple[list[Entry], dict[int, int]]:
+    """(the images of a file, the row of each by its id); those that cannot be used are counted and have row -1."""
+    reasons: Counter[str] = Counter()
+    entries = read_images(content["images"], path, reasons)
+    skipped.update({(IMAGES, reason): number for reason, number in reasons.items()})
+    return entries, {one["id"]: -1 for one in content["images"]} | {one[0]: row for row, one in enumerate(entries)}
+
+
+def try_box(path: str, annotation: dict[str, Any], entry: Entry, skipped: Skipped) -> np.ndarray | None:
+    """The box (4,) of an annotation of an image; None, and counted, if it is empty or not four finite numbers."""
+    try:
+        box = read_box(path, annotation, entry[2:])
+    except BadSample as bad:
+        skipped[BOXES, bad.reason] += 1
+        return None
+    if box is None:
+        skipped[BOXES, EMPTY_BOX] += 1
+    return box

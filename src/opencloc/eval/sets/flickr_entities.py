@@ -14,13 +14,24 @@ import numpy as np
 
 from opencloc import files
 from opencloc.eval.sets.captions import flickr_folders
-from opencloc.eval.sets.item import EvalSet, Phrases, Stored, first_file, first_folder
+from opencloc.eval.sets.item import (
+    BOXES,
+    EMPTY_BOX,
+    IMAGES,
+    TEXTS,
+    EvalSet,
+    Item,
+    Skipped,
+    Stored,
+    first_file,
+    first_folder,
+)
 
-NO_BOX, NOT_VISUAL = "phrase without a box", "phrase of nothing visual"
+NO_BOX, NOT_VISUAL = "without a box", "of nothing visual"
 _PHRASE = re.compile(r"\[/EN#(\d+)((?:/[^\s/\]]+)+) ([^\]]+)\]")
 
 
-def flickr30k_entities(location: str, *, split: str = "test", images: str | None = None) -> EvalSet[Phrases]:
+def flickr30k_entities(location: str, *, split: str = "test", images: str | None = None) -> EvalSet:
     """The phrases of the images listed in `SPLIT.txt` (train, val, test) with their boxes.
 
     Each phrase of each of an image's sentences is one query, repeats included.
@@ -28,31 +39,26 @@ def flickr30k_entities(location: str, *, split: str = "test", images: str | None
     listing = first_file([f"{location}/{split}.txt"], "split")
     keys = files.read_bytes(listing).decode().split()
     folder = first_folder([images] if images else flickr_folders(location), [f"{key}.jpg" for key in keys])
-    left_out: Counter[str] = Counter()
+    skipped: Skipped = Counter()
     items = []
     for key in keys:
-        size_px, boxes = _read_boxes(f"{location}/Annotations/{key}.xml", left_out)
+        size_px, boxes = _read_boxes(f"{location}/Annotations/{key}.xml", skipped)
         texts, truths = [], []
-        for chain, text in _read_phrases(f"{location}/Sentences/{key}.txt", left_out):
+        for chain, text in _read_phrases(f"{location}/Sentences/{key}.txt", skipped):
             if chain in boxes:
                 texts.append(text)
                 truths.append(boxes[chain])
             else:
-                left_out[NO_BOX] += 1
+                skipped[TEXTS, NO_BOX] += 1
         if texts:
-            image = Stored(path=f"{folder}/{key}.jpg", expected_px=size_px)
-            items.append(Phrases(image=image, texts=tuple(texts), truths=tuple(truths)))
+            image = Stored(path=f"{folder}/{key}.jpg")
+            items.append(Item(image=image, annotated_px=size_px, queries=tuple(texts), truths=tuple(truths)))
         else:
-            left_out["image without phrases that have boxes"] += 1
-    return EvalSet(
-        name=f"flickr30k-entities {split}",
-        rules="find each phrase; right at plain IoU >= 0.5 with any of its boxes, or with the box around all of them",
-        items=items,
-        left_out=dict(+left_out),
-    )
+            skipped[IMAGES, "without phrases that have boxes"] += 1
+    return EvalSet(name=split, items=items, num_items=len(items), skipped=skipped)
 
 
-def _read_boxes(path: str, left_out: Counter[str]) -> tuple[tuple[int, int], dict[str, np.ndarray]]:
+def _read_boxes(path: str, skipped: Skipped) -> tuple[tuple[int, int], dict[str, np.ndarray]]:
     """(width and height in pixels, boxes (K, 4) by chain id) of an XML; raises `ValueError` naming the file.
 
     Corners are whole pixels counted from 1, both inside the box: its edges are xmin - 1 and xmax.
@@ -68,7 +74,7 @@ def _read_boxes(path: str, left_out: Counter[str]) -> tuple[tuple[int, int], dic
             box = [max(x0 - 1, 0) / width_px, max(y0 - 1, 0) / height_px, x1 / width_px, y1 / height_px]
             box = [min(edge, 1.0) for edge in box]
             if box[0] >= box[2] or box[1] >= box[3]:
-                left_out["empty box"] += 1
+                skipped[BOXES, EMPTY_BOX] += 1
                 continue
             for name in entry.findall("name"):  # a box may belong to several chains
                 found.setdefault(name.text or "", []).append(box)
@@ -84,12 +90,12 @@ def _text(element: ElementTree.Element, place: str) -> str:
     return text
 
 
-def _read_phrases(path: str, left_out: Counter[str]) -> list[tuple[str, str]]:
+def _read_phrases(path: str, skipped: Skipped) -> list[tuple[str, str]]:
     """(chain id, phrase) of every phrase of an image's sentences."""
     phrases = []
     for chain, kinds, text in _PHRASE.findall(files.read_bytes(path).decode()):
         if kinds == "/notvisual":
-            left_out[NOT_VISUAL] += 1
+            skipped[TEXTS, NOT_VISUAL] += 1
         else:
             phrases.append((chain, text.strip()))
     return phrases

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -22,85 +21,80 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from opencloc import files
-from opencloc.boxes import box_problem
 from opencloc.data.record import IMAGE_EXTENSIONS
-from opencloc.eval.sets.item import EvalSet, RegionTexts, Stored
+from opencloc.data.tars.tar import index_shard
+from opencloc.eval.sets.item import BAD_BOX, BOXES, FILES, IMAGES, NO_REGIONS, EvalSet, Item, Skipped, Stored
 
-NO_REGIONS = "image without regions"
 COLUMNS = ("noun_chunks", "ref_exps")
 
 
-def grit_retrieval(
-    location: str, *, texts: str = "noun_chunks", num: int = 2000, images: str | None = None
-) -> EvalSet[RegionTexts]:
+def grit_retrieval(location: str, *, texts: str = "noun_chunks", num: int = 2000, images: str | None = None) -> EvalSet:
     """The first `num` images of a GRIT folder that have regions, in the order of their files.
 
     `texts`: `noun_chunks` or `ref_exps`.  `images`: folder with `KEY.jpg`, where they don't lie in tars.
     """
     if texts not in COLUMNS:
         raise ValueError(f"texts is {texts!r}, must be one of {', '.join(COLUMNS)}")
-    left_out: Counter[str] = Counter()
-    items: list[RegionTexts] = []
-    for stored, row in _rows(location, texts, images, left_out):
-        boxes, phrases = _regions(row, texts, stored.path, left_out)
+    skipped: Skipped = Counter()
+    items: list[Item] = []
+    for stored, row in _rows(location, texts, images, skipped):
+        boxes, phrases = _regions(row, texts, stored.path, skipped)
         if not phrases:
-            left_out[NO_REGIONS] += 1
+            skipped[IMAGES, NO_REGIONS] += 1
             continue
-        items.append(RegionTexts(image=stored, boxes=boxes, texts=phrases))
+        items.append(Item(image=stored, boxes=boxes, texts=phrases))
         if len(items) == num:
             break
     if not items:
-        raise ValueError(f"{location}: no image with {texts} (left out: {dict(left_out)})")
-    return EvalSet(
-        name=f"grit-retrieval {texts}",
-        rules="every region against all region texts, and back; equal texts (but for case) are all hits",
-        items=items,
-        left_out=dict(+left_out),
-    )
+        raise ValueError(f"{location}: no image with {texts} (skipped: {dict(skipped)})")
+    return EvalSet(name=texts, items=items, num_items=len(items), skipped=skipped)
 
 
-def _rows(
-    location: str, column: str, images: str | None, left_out: Counter[str]
-) -> Iterator[tuple[Stored, dict[str, Any]]]:
+def _rows(location: str, column: str, images: str | None, skipped: Skipped) -> Iterator[tuple[Stored, dict[str, Any]]]:
     """Where each image lies, with its row of annotations."""
     paths = files.children(location) if files.is_folder(location) else [location]
     tars = [path for path in paths if path.endswith(".tar")]
     if tars and images is None:
         for tar in tars:
-            yield from _rows_of_tar(tar, column, left_out)
+            yield from _rows_of_tar(tar, column, skipped)
         return
     folders = [images] if images else [f"{location}/images", location.rstrip("/")]
     for path in paths:
         if path.endswith(".parquet"):
             for row in _parquet_rows(path, column):
                 if (image := _find_image(folders, str(row["key"]))) is None:
-                    left_out["row without an image"] += 1
+                    skipped[IMAGES, "missing, of a row"] += 1
                 else:
                     yield Stored(path=image), row
 
 
-def _rows_of_tar(tar: str, column: str, left_out: Counter[str]) -> Iterator[tuple[Stored, dict[str, Any]]]:
+def _rows_of_tar(tar: str, column: str, skipped: Skipped) -> Iterator[tuple[Stored, dict[str, Any]]]:
     parquet = tar.removesuffix(".tar") + ".parquet"
     rows = {str(row["key"]): row for row in _parquet_rows(parquet, column)} if files.exists(parquet) else None
-    stored: dict[str, Stored] = {}
-    records: dict[str, dict[str, Any]] = {}
-    with files.open_seekable(tar) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
-        for member in archive:
-            key, _, extension = member.name.rpartition(".")
-            if extension.lower() in IMAGE_EXTENSIONS:
-                stored[key] = Stored(path=tar, start=member.offset_data, num_bytes=member.size)
-            elif extension == "json" and rows is None and (file := archive.extractfile(member)) is not None:
-                try:
-                    records[key] = json.loads(file.read())
-                except ValueError as error:
-                    raise ValueError(f"{tar}: {member.name} is not JSON ({error})") from error
-    annotations = records if rows is None else rows
-    for key, image in stored.items():
-        row = annotations.get(os.path.basename(key) if rows is not None else key)
+    index = index_shard(tar)
+    skipped.update({(FILES, reason): number for reason, number in index.problems.items()})
+    for key, ((start, size), (json_start, json_size), _) in zip(index.keys, index.spans.tolist(), strict=True):
+        row = None
+        if rows is not None:
+            row = rows.get(os.path.basename(key))
+        elif json_size >= 0:
+            row = _parse(files.read_bytes(tar, json_start, json_size))
+            if row is None:
+                skipped[IMAGES, "with a broken JSON"] += 1
+                continue
         if row is None:
-            left_out["image without annotations"] += 1
+            skipped[IMAGES, "without annotations"] += 1
         else:
-            yield image, row
+            yield Stored(path=tar, start=start, num_bytes=size), row
+
+
+def _parse(data: bytes) -> dict[str, Any] | None:
+    """The object in a JSON text, None if there is none."""
+    try:
+        row = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _parquet_rows(path: str, column: str) -> Iterator[dict[str, Any]]:
@@ -129,21 +123,25 @@ def _find_image(folders: list[str], key: str) -> str | None:
     return next((path for path in paths if files.exists(path)), None)
 
 
-def _regions(
-    row: dict[str, Any], column: str, where: str, left_out: Counter[str]
-) -> tuple[np.ndarray, tuple[str, ...]]:
+def _regions(row: dict[str, Any], column: str, where: str, skipped: Skipped) -> tuple[np.ndarray, tuple[str, ...]]:
     """Boxes (R, 4) and texts of a row."""
-    spans = row.get(column)
-    spans = json.loads(spans) if isinstance(spans, str) else spans or []  # img2dataset stores lists as text in JSON
-    caption = row.get("caption") or ""
+    spans, caption = row.get(column), row.get("caption") or ""
+    if isinstance(spans, str):  # img2dataset stores lists as text in JSON
+        spans = (_parse(f'{{"spans": {spans}}}'.encode("utf-8", "replace")) or {}).get("spans")
+    if not isinstance(spans or [], list) or not isinstance(caption, str):
+        raise ValueError(f"{where}, key {row.get('key')}: needs a caption and a list of {column}")
     boxes, texts = [], []
-    for span in spans:
-        if len(span) < 6:
+    for span in spans or []:
+        if not isinstance(span, list) or len(span) < 6 or not all(isinstance(x, int | float) for x in span[:6]):
             raise ValueError(f"{where}, key {row.get('key')}: {column} holds {span!r}, not start, end and four edges")
-        text = caption[int(span[0]) : int(span[1])].strip()
-        box = np.clip(np.array(span[2:6], dtype=np.float32), 0, 1)
-        if not text or box_problem(box):
-            left_out["empty text" if not text else "unsound box"] += 1
+        try:
+            text = caption[int(span[0]) : int(span[1])].strip()
+            box = np.clip(np.array(span[2:6], dtype=np.float32), 0, 1)
+        except (ValueError, OverflowError):  # not a number, or one of 400 digits
+            skipped[BOXES, BAD_BOX] += 1
+            continue
+        if not text:
+            skipped[BOXES, "without a text"] += 1
             continue
         boxes.append(box)
         texts.append(text)

@@ -13,14 +13,12 @@ from typing import Literal, get_args
 
 from opencloc import files
 from opencloc.data.record import IMAGE_EXTENSIONS
-from opencloc.eval.sets.item import EvalSet, Labelled, Stored
+from opencloc.eval.sets.item import FILES, EvalSet, Item, Skipped, Stored, merge_names
 
 Templates = Literal["80", "7", "none"]
 
 
-def imagenet(
-    location: str, *, split: str = "val", names: str | None = None, templates: str = "80"
-) -> EvalSet[Labelled]:
+def imagenet(location: str, *, split: str = "val", names: str | None = None, templates: str = "80") -> EvalSet:
     """Images by class folder, in the location or its folder SPLIT.
 
     `names`: a file with `n01440764 tench, Tinca tinca` per line (the download's `LOC_synset_mapping.txt`; what comes
@@ -30,7 +28,7 @@ def imagenet(
     return _read("imagenet", inner if files.is_folder(inner) else location, names, templates)
 
 
-def imagenet_v2(location: str, *, names: str | None = None, templates: str = "80") -> EvalSet[Labelled]:
+def imagenet_v2(location: str, *, names: str | None = None, templates: str = "80") -> EvalSet:
     """ImageNet-V2's folders 0 to 999, in the location or its `imagenetv2-matched-frequency-format-val`."""
     inner = f"{location}/imagenetv2-matched-frequency-format-val"
     return _read("imagenet-v2", inner if files.is_folder(inner) else location, names, templates)
@@ -53,39 +51,39 @@ def _lines(name: str) -> list[str]:
     return [line for line in text.splitlines() if not line.startswith("#")]
 
 
-def _read(name: str, folder: str, names_file: str | None, templates: str) -> EvalSet[Labelled]:
+def _read(name: str, folder: str, names_file: str | None, templates: str) -> EvalSet:
     if templates not in (known := get_args(Templates)):
         raise ValueError(f"templates is {templates!r}, must be one of {', '.join(known)}")
     if not files.is_folder(folder):
         raise FileNotFoundError(f"{folder}: no such folder")
     names = class_names() if names_file is None else _read_names(names_file)
+    if (merged := merge_names(list(names.values())))[1]:
+        raise ValueError(f"{names_file}: {merged[1]}; tell them apart")
     ids = list(names)
     label = {one: i for i, one in enumerate(ids)} | {str(i): i for i in range(len(ids))}
-    left_out: Counter[str] = Counter()
-    items: list[Labelled] = []
+    skipped: Skipped = Counter()
+    items: list[Item] = []
     for path in files.children(folder):
         class_id = os.path.basename(path.rstrip("/"))
         if not files.is_folder(path):
-            left_out["file outside the class folders"] += 1
+            skipped[FILES, "outside the class folders"] += 1
             continue
         if class_id not in label:
             raise ValueError(f"{path}: the folder is neither one of the {len(ids)} WordNet ids nor a class index")
         for image in files.children(path):
             if image.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
-                items.append(Labelled(image=Stored(path=image), label=label[class_id]))
+                items.append(Item(image=Stored(path=image), label=label[class_id]))
             else:
-                left_out["not an image"] += 1
+                skipped[FILES, "not an image"] += 1
     if not items:
         raise ValueError(f"{folder}: no image in class folders (n01440764/ or 0/)")
-    chosen = clip_templates(templates)  # pyright: ignore[reportArgumentType]
     return EvalSet(
-        name=name,
-        rules=f"name each image among {len(ids)} class names, bare"
-        + (f" and by {len(chosen)} templates" * bool(chosen)),
+        name=os.path.basename(folder.rstrip("/")),
         items=items,
-        left_out=dict(left_out),
+        num_items=len(items),
+        skipped=skipped,
         class_names=tuple(names.values()),
-        templates=chosen,
+        templates=clip_templates(templates),  # pyright: ignore[reportArgumentType]
     )
 
 

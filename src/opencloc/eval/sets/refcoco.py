@@ -14,16 +14,17 @@ from typing import Any, Literal
 import numpy as np
 
 from opencloc import files
-from opencloc.data.sources.coco import EMPTY_BOX, field_of, read_box, read_images, read_json, row_of
-from opencloc.eval.sets.item import EvalSet, Phrases, Stored, first_file, first_folder
+from opencloc.data.sources.coco import field_of, read_json, row_of
+from opencloc.eval.sets.coco import Entry, images_of, try_box
+from opencloc.eval.sets.item import EMPTY_TEXT, TEXTS, EvalSet, Item, Skipped, Stored, first_file, first_folder
 
 Name = Literal["refcoco", "refcoco+", "refcocog"]
-_EMPTY_TEXT = "empty expression"
+NO_BOX = "without a usable box or image"
 
 
 def refcoco(
     location: str, *, split: str = "val", by: str = "unc", annotations: str | None = None, images: str | None = None
-) -> EvalSet[Phrases]:
+) -> EvalSet:
     """RefCOCO (splits val, testA, testB).
 
     The refer files lie in the location or its folder `refcoco/`; where there are none, MDETR's
@@ -34,55 +35,48 @@ def refcoco(
 
 def refcoco_plus(
     location: str, *, split: str = "val", by: str = "unc", annotations: str | None = None, images: str | None = None
-) -> EvalSet[Phrases]:
+) -> EvalSet:
     """RefCOCO+ (splits val, testA, testB), as `refcoco`."""
     return _read("refcoco+", location, split, by, annotations, images)
 
 
 def refcocog(
     location: str, *, split: str = "val", by: str = "umd", annotations: str | None = None, images: str | None = None
-) -> EvalSet[Phrases]:
+) -> EvalSet:
     """RefCOCOg, as `refcoco`; `by`: `umd` (splits val, test) or `google` (split val)."""
     return _read("refcocog", location, split, by, annotations, images)
 
 
-def _read(
-    name: Name, location: str, split: str, by: str, annotations: str | None, images: str | None
-) -> EvalSet[Phrases]:
+def _read(name: Name, location: str, split: str, by: str, annotations: str | None, images: str | None) -> EvalSet:
     refer = [f"{location}/{name}/refs({by}).p", f"{location}/refs({by}).p"]
     mdetr = [f"{location}/{folder}finetune_{name}_{split}.json" for folder in ("", "OpenSource/", "annotations/")]
     path = annotations or first_file([*refer, *mdetr], "annotations")
-    left_out: Counter[str] = Counter()
+    skipped: Skipped = Counter()
     read = _read_mdetr if path.endswith(".json") else _read_refer
-    found = read(path, split, left_out)
+    found = read(path, split, skipped)
     folders = [f"{location}/images/mscoco/images/train2014", f"{location}/train2014", f"{location}/images"]
-    folder = first_folder([images] if images else folders, [stored.path for stored, _ in found])
+    folder = first_folder([images] if images else folders, [entry[1] for entry, _ in found])
     items = [
-        Phrases(
-            image=Stored(path=f"{folder}/{stored.path}", expected_px=stored.expected_px),
-            texts=tuple(text for text, _ in queries),
+        Item(
+            image=Stored(path=f"{folder}/{entry[1]}"),
+            annotated_px=entry[2:],
+            queries=tuple(text for text, _ in queries),
             truths=tuple(box[None] for _, box in queries),
         )
-        for stored, queries in found
+        for entry, queries in found
     ]
-    return EvalSet(
-        name=f"{name} {split}" + (f" ({by})" * (name == "refcocog")),
-        rules="find the one box of each expression; right at plain IoU >= 0.5",
-        items=items,
-        left_out=dict(+left_out),
-    )
+    return EvalSet(name=split + (f" ({by})" * (name == "refcocog")), items=items, num_items=len(items), skipped=skipped)
 
 
-_Found = list[tuple[Stored, list[tuple[str, np.ndarray]]]]
+_Found = list[tuple[Entry, list[tuple[str, np.ndarray]]]]  # each image with its expressions and boxes
 
 
-def _read_refer(path: str, split: str, left_out: Counter[str]) -> _Found:
-    """Each image (by file name) with its expressions and boxes."""
+def _read_refer(path: str, split: str, skipped: Skipped) -> _Found:
+    """What the refer files say of a split."""
     refs = _read_pickle(path)
     instances = path.rpartition("/")[0] + "/instances.json"
     content = read_json(instances, ("images", "annotations"))
-    images = read_images(content["images"], instances)
-    rows = {image_id: row for row, (image_id, *_) in enumerate(images)}
+    images, rows = images_of(instances, content, Counter())
     by_id = {one.get("id"): one for one in content["annotations"]}
     queries: dict[int, list[tuple[str, np.ndarray]]] = {}
     splits = Counter(str(ref.get("split")) for ref in refs)
@@ -93,43 +87,38 @@ def _read_refer(path: str, split: str, left_out: Counter[str]) -> _Found:
             raise ValueError(f"{path}: ref {ref.get('ref_id')} has ann_id {ref.get('ann_id')!r}, not in {instances}")
         annotation = by_id[ref["ann_id"]]
         row = row_of(instances, annotation, rows)
-        box = read_box(instances, annotation, images[row][2:])
+        box = try_box(instances, annotation, images[row], skipped) if row >= 0 else None
         for sentence in field_of(path, "ref", ref, "sentences", list):
             text = field_of(path, "sentence", sentence, "sent", str).strip()
             if box is None or not text:
-                left_out[EMPTY_BOX if box is None else _EMPTY_TEXT] += 1
+                skipped[TEXTS, NO_BOX if box is None else EMPTY_TEXT] += 1
             else:
                 queries.setdefault(row, []).append((text, box))
     if not queries:
         raise ValueError(f"{path}: no expression of split {split!r}; there are {', '.join(sorted(splits))}")
-    return [(_stored(images[row]), queries[row]) for row in sorted(queries)]
+    return [(images[row], queries[row]) for row in sorted(queries)]
 
 
-def _read_mdetr(path: str, split: str, left_out: Counter[str]) -> _Found:
+def _read_mdetr(path: str, split: str, skipped: Skipped) -> _Found:
     """As `_read_refer`; in this JSON every expression is an entry of `images`, with the image's own `original_id`."""
     content = read_json(path, ("images", "annotations"))
-    images = read_images(content["images"], path)
-    rows = {image_id: row for row, (image_id, *_) in enumerate(images)}
+    images, rows = images_of(path, content, Counter())
     queries: dict[int, list[tuple[str, np.ndarray]]] = {}
     first_of: dict[int, int] = {}  # original id -> row
+    by_id = {one["id"]: one for one in content["images"]}
     for annotation in content["annotations"]:
         row = row_of(path, annotation, rows)
-        entry = content["images"][row]
+        entry = by_id[annotation["image_id"]]
         text = field_of(path, "image", entry, "caption", str).strip()
-        box = read_box(path, annotation, images[row][2:])
+        box = try_box(path, annotation, images[row], skipped) if row >= 0 else None
         if box is None or not text:
-            left_out[EMPTY_BOX if box is None else _EMPTY_TEXT] += 1
+            skipped[TEXTS, NO_BOX if box is None else EMPTY_TEXT] += 1
             continue
         first = first_of.setdefault(field_of(path, "image", entry, "original_id", int), row)
         queries.setdefault(first, []).append((text, box))
     if not queries:
         raise ValueError(f"{path}: no expressions")
-    return [(_stored(images[row]), queries[row]) for row in sorted(queries)]
-
-
-def _stored(image: tuple[int, str, int, int]) -> Stored:
-    _, file_name, width_px, height_px = image
-    return Stored(path=file_name, expected_px=(width_px, height_px))
+    return [(images[row], queries[row]) for row in sorted(queries)]
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -16,7 +16,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -312,25 +311,16 @@ def test_a_coloured_thing_has_that_colour(colour: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "hard"}, "mode is 'hard'; allowed: easy, rich"),
-        ({"split": "test"}, "split is 'test'; allowed: train, unseen_combinations, unseen_things"),
-        ({"style": "oil"}, "style is 'oil'; allowed: plain, sketch"),
-        ({"captions": "none"}, "captions is 'none'; allowed: exact, alt_text"),
-        ({"attributes": ("color",)}, "attributes is 'color'; allowed: colour, size, position"),
-        ({"image_px": 16}, "image_px is 16; allowed: 32 to 4096"),
-        ({"num_things": 5000}, "num_things is 5000; allowed: 12 to "),
-        ({"min_objects": 0}, "min_objects is 0; allowed: 1 to 8"),
-        ({"min_objects": 4, "max_objects": 3}, "max_objects is 3; allowed: 4 to 8"),
-        ({"box_jitter": 0.6}, "box_jitter is 0.6; allowed: 0.0 to 0.5"),
-        ({"wrong_text": -0.1}, "wrong_text is -0.1; allowed: 0.0 to 1.0"),
-        ({"missing_region": float("nan")}, "missing_region is nan; allowed: 0.0 to 1.0"),
+        ({"mode": "hard"}, "mode\n  Input should be 'easy' or 'rich'"),
+        ({"attributes": ("color",)}, "attributes.0\n  Input should be 'colour', 'size' or 'position'"),
+        ({"image_px": 16}, "image_px\n  Input should be greater than or equal to 32"),
+        ({"num_things": 5000}, "num_things\n  Input should be less than or equal to "),
+        ({"min_objects": 4, "max_objects": 3}, "max_objects is 3, below min_objects, 4"),
+        ({"missing_region": float("nan")}, "missing_region\n  Input should be less than or equal to 1"),
         ({"split": "unseen_combinations"}, 'needs "colour" among the attributes'),
     ],
 )
-def test_a_bad_option_is_refused_with_its_value_and_range(
-    options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # its own check of types comes first in tests
+def test_a_bad_option_is_refused_with_its_value_and_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         SceneConfig(**options)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from opencloc.cli import main
 from opencloc.data.inspect.view import ViewConfig, write_view
 from opencloc.data.sample import Sample
 from opencloc.data.sidecar import SidecarRow, sidecar_path, write_sidecar
@@ -134,18 +136,16 @@ def test_failures_are_shown_with_their_reason(tmp_path: Path) -> None:
     assert page.text_of("strong") == ["not labelled", "not in the sidecar"]
     assert any(EVIL in text for text in page.text_of("p"))
     assert len(page.all("article", "failed")) == 2
-    assert any(
-        "Labels vesl: 1 regions on 3 images" in text and "2 without labels" in text for text in page.text_of("p")
-    )
+    assert any("Labels vesl: 1 regions on 3 images" in text and "2 skipped" in text for text in page.text_of("p"))
 
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"order": "first", "limit": 2}, ["0", "1"]),
-        ({"order": "first", "start": 3, "limit": 9}, ["3", "4"]),
+        ({"order": "first", "num_images": 2}, ["0", "1"]),
+        ({"order": "first", "start": 3, "num_images": 9}, ["3", "4"]),
         ({"order": "first", "start": 9}, []),
-        ({"limit": 9}, ["0", "1", "2", "3", "4"]),
+        ({"num_images": 9}, ["0", "1", "2", "3", "4"]),
     ],
 )
 def test_the_chosen_samples_are_shown(tmp_path: Path, settings: dict[str, Any], expected: list[str]) -> None:
@@ -155,14 +155,36 @@ def test_the_chosen_samples_are_shown(tmp_path: Path, settings: dict[str, Any], 
 
 def test_a_random_choice_follows_its_seed(tmp_path: Path) -> None:
     write_tar(tmp_path, *(Sample(key=f"{i:02d}", image=Image.new("RGB", (8, 8))) for i in range(40)))
-    choices = [sheet(tmp_path, limit=8, seed=seed).text_of("b") for seed in (0, 0, 1)]
+    choices = [sheet(tmp_path, num_images=8, seed=seed).text_of("b") for seed in (0, 0, 1)]
     assert choices[0] == choices[1] != choices[2]
     assert choices[0] == sorted(set(choices[0]))
     assert len(choices[0]) == 8
 
 
-@pytest.mark.parametrize(("field", "value"), [("limit", 0), ("start", -1), ("image_px", 8)])
+@pytest.mark.parametrize(("field", "value"), [("num_images", 0), ("start", -1), ("image_px", 8)])
 def test_a_number_out_of_range_is_refused_by_name(field: str, value: int) -> None:
     fields: dict[str, Any] = {field: value}
-    with pytest.raises(ValueError, match=f"{field} must be at least .* got {value}"):
+    with pytest.raises(ValueError, match=f"{field}.*\n.*greater than or equal to"):
         ViewConfig(data="x", **fields)
+
+
+def test_only_a_regular_file_is_replaced(tmp_path: Path) -> None:
+    write_tar(tmp_path / "tars", Sample(key="k", image=Image.new("RGB", (8, 8))))
+    out = tmp_path / "view.html"
+    os.mkfifo(out)
+    with pytest.raises(OSError, match=r"view\.html is not a regular file"):
+        write_view(ViewConfig(data=str(tmp_path / "tars"), out=str(out)))
+    assert out.is_fifo()
+    out.unlink()
+    write_view(ViewConfig(data=str(tmp_path / "tars"), out=str(out)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tars", "view.html"]
+
+
+def test_the_command_prints_the_file_then_what_it_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tar(tmp_path / "tars", *(Sample(key=key, image=Image.new("RGB", (8, 8))) for key in "ab"))
+    rows = [SidecarRow(key="a", error="no caption")]
+    write_sidecar(sidecar_path(str(tmp_path / "tars/00000.tar"), "vesl"), rows, {})
+    out = str(tmp_path / "view.html")
+    assert main(["data", "view", "--data", str(tmp_path / "tars"), "--out", out]) == 0
+    expected = "0 regions on 2 images; skipped: 1 not labelled, 1 not in the sidecar"
+    assert capsys.readouterr().out.splitlines() == [out, expected]

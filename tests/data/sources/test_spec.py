@@ -14,7 +14,7 @@ from opencloc.data.scenes.scenes import Scenes
 from opencloc.data.sources.coco import Coco
 from opencloc.data.sources.folder import ImageFolder
 from opencloc.data.sources.mosaic import Mosaic, MosaicConfig
-from opencloc.data.sources.spec import open_source, take
+from opencloc.data.sources.spec import open_source, parse_spec, take
 from opencloc.data.tars.shards import Shards, ShardWriter
 from opencloc.errors import BadSample
 
@@ -103,17 +103,25 @@ def test_image_px_makes_generated_images_and_limits_decoded_ones(places: Path) -
         ("shard:{}/tars", ValueError, r"unknown kind 'shard' \(did you mean 'shards'\?\); allowed: scenes, shards,"),
         ("mosaic:{}/tars?gird=2", ValueError, r"unknown option 'gird' \(did you mean 'grid'\?\); allowed: grid, image"),
         ("{}/tars?split=train", ValueError, r"unknown option 'split'; allowed: sidecar, image_px"),
-        ("mosaic:{}/tars?split=val", ValueError, r"option split is 'val'; allowed: train, test, all"),
-        ("mosaic:{}/tars?seed=x", ValueError, r"option seed is 'x'; allowed: a whole number"),
-        ("mosaic:{}/tars?test_share=x", ValueError, r"option test_share is 'x'; allowed: a number"),
-        ("mosaic:{}/tars?augment=maybe", ValueError, r"option augment is 'maybe'; allowed: true, false"),
-        ("mosaic:{}/tars?grid=9", ValueError, r"mosaic:.*grid=9: grid is '9'; allowed"),
-        ("{}/tars?sidecar=", ValueError, r"option sidecar is ''"),
+        ("mosaic:{}/tars?split=val", ValueError, r"option split is 'val': Input should be 'train', 'test' or 'all'"),
+        ("mosaic:{}/tars?seed=x", ValueError, r"option seed is 'x': Input should be a valid integer"),
+        ("mosaic:{}/tars?test_share=x", ValueError, r"option test_share is 'x': Input should be a valid number"),
+        ("mosaic:{}/tars?augment=maybe", ValueError, r"option augment is 'maybe': Input should be a valid boolean"),
+        ("mosaic:{}/tars?grid=9", ValueError, r"mosaic:.*grid=9: option grid is '9': String should match"),
+        ("{}/tars?sidecar=", ValueError, r"option sidecar is empty"),
         ("mosaic:{}/tars?seed=1&seed=2", ValueError, r"'seed=2' is not an option key=value that comes once"),
         ("mosaic:scenes:rich", ValueError, r"mosaics are made of photos"),
-        ("scenes:poor", ValueError, r"scenes:poor: option mode is 'poor'; allowed: easy, rich"),
-        ("scenes:rich?num_things=3", ValueError, r"num_things is 3; allowed"),
-        ("scenes:rich?attributes=size,taste", ValueError, r"option attributes is 'size,taste'; allowed: colour, size"),
+        ("scenes:poor", ValueError, r"scenes:poor: option mode is 'poor': Input should be 'easy' or 'rich'"),
+        (
+            "scenes:rich?num_things=3",
+            ValueError,
+            r"option num_things is '3': Input should be greater than or equal to 12",
+        ),
+        (
+            "scenes:rich?attributes=size,taste",
+            ValueError,
+            r"option attributes is 'size,taste': Input should be 'colour', 'size' or",
+        ),
         ("rich", ValueError, r"generated scenes are named scenes:rich"),
         ("{}/coco", ValueError, r"has several splits"),
         ("{}/photos/a.jpg", ValueError, r"a source is a folder or \*\.tar"),
@@ -125,6 +133,28 @@ def test_image_px_makes_generated_images_and_limits_decoded_ones(places: Path) -
 def test_mistakes_are_named_with_what_is_allowed(places: Path, spec: str, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         open_source(spec.format(places))
+
+
+@pytest.mark.parametrize("name", ["photos [1]", "photos{a,b}", "data?x=1", "x::y", "what?"])
+def test_a_folder_of_any_name_is_opened(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    Image.new("RGB", (64, 32)).save(tmp_path / name / "a.jpg")
+    for spec in (f"{tmp_path}/{name}", f"folder:{tmp_path}/{name}"):
+        assert open_source(spec)[0].image.size == (64, 32)
+        assert open_source(f"{spec}?image_px=16")[0].image.size == (16, 8)
+
+
+@pytest.mark.parametrize(
+    ("spec", "location", "options"),
+    [
+        ("shards:https://host/0.tar?key=value?", "https://host/0.tar?key=value", {}),
+        ("shards:https://host/0.tar?key=value?image_px=8", "https://host/0.tar?key=value", {"image_px": "8"}),
+        ("shards:/nowhere/0000?.tar", "/nowhere/0000?.tar", {}),
+        ("crops:coco:/nowhere?split=train?seed=1", "coco:/nowhere?split=train", {"seed": "1"}),
+    ],
+)
+def test_options_begin_at_the_last_question_mark(spec: str, location: str, options: dict[str, str]) -> None:
+    assert parse_spec(spec)[1:] == (location, options)
 
 
 class Every:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -14,13 +15,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
+from opencloc.cli import main
 from opencloc.data.inspect import stats as stats_module
-from opencloc.data.inspect.report import NUM_BINS, Stats, markdown, plot
+from opencloc.data.inspect.report import NUM_BINS, ORIENTED, Stats, markdown, plot
 from opencloc.data.inspect.stats import StatsConfig, compute_stats, reason_of, write_stats
 from opencloc.data.sample import Sample
 from opencloc.data.sidecar import SidecarRow, sidecar_path, write_sidecar
+from opencloc.data.sources.coco import OUTSIDE
 from opencloc.data.tars.shards import ShardWriter
 
 TEXTS = ["dog", "red car", "a very long name", "cat | pipe", "<b>$x$</b>", "犬"]
@@ -66,7 +69,7 @@ def test_figures_equal_plain_counting(tmp_path_factory: pytest.TempPathFactory, 
     assert found.image_text_tokens == 5
     assert dict(found.top_texts) == texts
     assert found.distinct_texts == len(texts)
-    assert found.failures == {}
+    assert found.skipped == {}
     if texts:
         words = sum(len(text.split()) * count for text, count in texts.items())
         assert found.region_text_tokens == pytest.approx(words / texts.total())
@@ -111,7 +114,7 @@ def test_failures_are_counted_by_reason(tmp_path: Path) -> None:
     rows = [SidecarRow(key=f"{i:04d}", error=error) for i, error in enumerate(errors)]
     label_tars(tmp_path, [*rows, SidecarRow(key="0003", caption="a dog", **regions(1, 2))])
     found = compute_stats(StatsConfig(data=str(tmp_path)))
-    assert found.failures == {"broken image": 2, "no caption": 1, "not in the sidecar": 1, "truncated tar": 1}
+    assert found.skipped == {"broken image": 2, "no caption": 1, "not in the sidecar": 1, "truncated tar": 1}
     assert (found.images, found.images_with_regions) == (5, 1)
     assert found.regions_per_image == 2  # of the one image that has labels
 
@@ -167,22 +170,30 @@ def test_a_tokenizer_counts_its_own_tokens(tmp_path: Path) -> None:
 
 def test_limit_ends_the_count_early(tmp_path: Path) -> None:
     write_tars(tmp_path, [1, 2, 3, 4])
-    assert compute_stats(StatsConfig(data=str(tmp_path), limit=2)).regions == 3
+    assert compute_stats(StatsConfig(data=str(tmp_path), num_images=2)).regions == 3
     label_tars(tmp_path, [SidecarRow(key=f"{i:04d}", **regions(i, i)) for i in range(4)])
-    found = compute_stats(StatsConfig(data=str(tmp_path), limit=3))
-    assert (found.images, found.regions, found.failures) == (3, 3, {})
+    found = compute_stats(StatsConfig(data=str(tmp_path), num_images=3))
+    assert (found.images, found.regions, found.skipped) == (3, 3, {})
+
+
+def test_data_without_images_have_figures_too(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    content = {"images": [], "annotations": [], "categories": []}
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    spec = f"coco:{tmp_path}?instances={tmp_path}/instances.json"
+    assert compute_stats(StatsConfig(data=spec, num_images=3)).images == 0
 
 
 def test_endless_data_need_a_limit() -> None:
-    with pytest.raises(ValueError, match="has no end: set limit"):
+    with pytest.raises(ValueError, match="has no end: set num_images"):
         compute_stats(StatsConfig(data="scenes:easy"))
-    assert compute_stats(StatsConfig(data="scenes:easy", limit=2)).images == 2
+    assert compute_stats(StatsConfig(data="scenes:easy", num_images=2)).images == 2
 
 
-@pytest.mark.parametrize(("field", "value"), [("top", 0), ("limit", 0)])
+@pytest.mark.parametrize(("field", "value"), [("top", 0), ("num_images", 0)])
 def test_limits_below_one_are_refused_by_name(field: str, value: int) -> None:
     fields: dict[str, Any] = {field: value}
-    with pytest.raises(ValueError, match=f"{field} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"{field}.*\n.*greater than or equal to 1"):
         StatsConfig(data="x", **fields)
 
 
@@ -220,12 +231,62 @@ def test_texts_cannot_break_the_report(tmp_path: Path) -> None:
         writer.write(Sample(key="k", image=Image.new("RGB", (4, 4)), boxes=box, texts=(*TEXTS[:-1], "two\nlines")))
     found = compute_stats(StatsConfig(data=str(tmp_path)))
     report = markdown(found)
-    table = report[report.index("| text |") : report.index("## Left out")].strip().splitlines()
+    table = report[report.index("| text |") : report.index("## Skipped")].strip().splitlines()
     assert len(table) == 2 + len(TEXTS)
     assert r"| cat \| pipe |" in report
     assert "<b>" not in report
     assert "| two lines |" in report
     assert plot(found).startswith(b"\x89PNG")
+
+
+def test_oriented_images_and_boxes_far_outside_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "annotations").mkdir()
+    for name, orientation in (("a", 1), ("b", 6)):
+        image = Image.new("RGB", (60, 40))
+        image.getexif()[ExifTags.Base.Orientation] = orientation
+        image.save(tmp_path / f"images/{name}.jpg", exif=image.getexif())
+    box = [30, 20, 59, 39]  # x0, y0, x1, y1
+    content = {
+        "images": [{"id": i, "file_name": f"{name}.jpg", "width": 60, "height": 40} for i, name in enumerate("ab")],
+        "annotations": [{"image_id": i, "category_id": 1, "bbox": box} for i in range(2)],
+        "categories": [{"id": 1, "name": "dog"}],
+    }
+    (tmp_path / "annotations/instances_all.json").write_text(json.dumps(content))
+    found = compute_stats(StatsConfig(data=str(tmp_path)))
+    assert found.noticed == {OUTSIDE: 2, ORIENTED: 1}
+    report = markdown(found)
+    assert "x0, y0, x1, y1 look like this" in report
+    assert "as stored" in report
+
+
+def test_nothing_in_a_path_becomes_markup(tmp_path: Path) -> None:
+    folder = tmp_path / "<script>`x` | <b"
+    write_tars(folder, [1])
+    report = markdown(compute_stats(StatsConfig(data=str(folder))))
+    assert "&lt;script&gt;\\`x\\` \\| &lt;b" in report
+    assert "<" not in report
+
+
+def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
+    write_tars(tmp_path / "tars", [1])
+    out = tmp_path / "out"
+    out.mkdir()
+    os.mkfifo(out / "stats.json")
+    config = StatsConfig(data=str(tmp_path / "tars"), out=str(out))
+    with pytest.raises(OSError, match=r"stats\.json is not a regular file"):
+        write_stats(config)
+    assert (out / "stats.json").is_fifo()
+    (out / "stats.json").unlink()
+    write_stats(config)
+    assert sorted(path.name for path in out.iterdir()) == ["stats.json", "stats.md", "stats.png"]
+
+
+def test_the_command_prints_the_folder_then_what_it_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tars(tmp_path / "tars", [2, 0, 1])
+    out = str(tmp_path / "out")
+    assert main(["data", "stats", "--data", str(tmp_path / "tars"), "--out", out]) == 0
+    assert capsys.readouterr().out.splitlines() == [out, "3 regions on 2 of 3 images"]
 
 
 def test_a_data_set_without_labels_has_a_report_too(tmp_path: Path) -> None:

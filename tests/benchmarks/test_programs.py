@@ -1,0 +1,249 @@
+"""Every program in `benchmarks/` runs from its command line at a tiny size and leaves the files that it names.
+
+What they measure is not looked at: no test depends on how fast the machine is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import data_libraries, patch_dropout, presence, scene_detector, step_setup, study
+from examples.yolox_detector import COCO_CLASSES
+from opencloc.data.sidecar import SidecarRow, sidecar_path, write_sidecar
+from opencloc.data.sources.coco import Coco, CocoConfig
+from opencloc.data.sources.spec import open_source
+from opencloc.data.tars.shards import ShardWriter, iter_shard
+from opencloc.images import letterbox_array
+from opencloc.presets import tiny
+from tests.test_docs import save_untrained
+from tests.vesl.checkpoints import save_owl
+
+ROOT = Path(__file__).parents[2]
+Run = Callable[..., Path]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs `python -m benchmarks.NAME ARGUMENTS --out OUT` in this process and returns OUT."""
+
+    def call(name: str, *arguments: object) -> Path:
+        module, out = importlib.import_module(f"benchmarks.{name}"), tmp_path / name
+        words = [str(module.__file__), *map(str, arguments), "--out", str(out)]
+        monkeypatch.setattr(sys, "argv", words)
+        threads = torch.get_num_threads()
+        try:
+            assert module.main() in (None, 0)
+        finally:
+            torch.set_num_threads(threads)
+        return out
+
+    return call
+
+
+def test_every_program_has_a_smoke_test() -> None:
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    programs = [path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()]
+    assert "step" in programs
+    assert [name for name in programs if not re.search(rf"def test_\w*{name}|import {name}\b", tests)] == []
+
+
+# -- the model -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_step(run: Run, photos: Path) -> None:
+    sizes = "--preset", "tiny", "--batch-size", 2, "--rounds", 1, "--flops-batch-size", 2
+    out = run("step", "--data", photos, *sizes)
+    figures = json.loads((out / "figures.json").read_text())
+    assert figures["command"].startswith("python -m benchmarks.step --data ")
+    assert all(len(times) == 1 for times in figures["seconds"].values())
+    gflop = figures["gflop_per_image"]["2"]
+    assert gflop["CLIP"] < gflop["CLOC cross"] < gflop["CLOC as published: encoder, all texts of 77 tokens"]
+    assert "| CLOC cross |" in (out / "tables.md").read_text()
+
+
+def test_no_tower_runs_when_the_prompter_and_the_box_head_are_timed(photos: Path) -> None:
+    device = torch.device("cpu")
+    inputs, config = step_setup.make_inputs(photos, tiny().model, 2, 2, device)
+    models, optimizer = step_setup.make_models(config, device)
+    parts = step_setup.make_parts(models["cross"], optimizer, inputs, bf16=False)
+    calls: list[str] = []
+    for name in ("vision_model", "text_model"):
+        getattr(models["cross"].clip, name).register_forward_hook(lambda *_, name=name: calls.append(name))
+    with FlopCounterMode(display=False) as counter:
+        parts["CLOC: Prompter and box head"]()
+    assert calls == []
+    assert counter.get_total_flops() > 0
+    parts["CLIP: vision tower"]()
+    assert calls == ["vision_model"]
+
+
+def test_open_clip_step_answers_every_line_with_seconds(tmp_path: Path) -> None:
+    """With a stand-in for open_clip, which is not installed here: a model and a loss of its interface."""
+    (tmp_path / "open_clip.py").write_text(
+        "import torch\n"
+        "__version__ = '0'\n"
+        "class Model(torch.nn.Linear):\n"
+        "    def forward(self, pixels, texts): return super().forward(pixels), texts.float(), torch.tensor(1.0)\n"
+        "def create_model(name): return Model(3, 2)\n"
+        "def ClipLoss(): return lambda image, text, scale: (image * text * scale).mean()\n"
+    )
+    batch = {"pixel_values": torch.ones(4, 3), "texts": torch.ones(4, 2).long(), "device": "cpu"}
+    torch.save(batch, tmp_path / "batch.pt")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.open_clip_step", str(tmp_path / "batch.pt"), "1", "fp32"],
+        input="step\nstep\n",
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr
+    first, *answers = map(json.loads, done.stdout.splitlines())
+    assert first == {"open_clip": "0", "torch": torch.__version__}
+    assert [sorted(answer) for answer in answers] == [["busy_s", "wall_s"]] * 2
+
+
+def test_patch_dropout() -> None:
+    config = replace(tiny(), batch_size=2, data=replace(tiny().data, patch_dropout=0.5))
+    whole, part = patch_dropout.measure(config, rounds=1)
+    assert len(whole) == len(part) == 1
+
+
+def test_regions(run: Run, photos: Path) -> None:
+    out = run("regions", "--data", photos, "--rounds", 1, "--layers", 1, "--crops", 2)
+    assert set(json.loads((out / "figures.json").read_text())["counts"]) == {"1", "10", "100", "1000"}
+    assert (out / "tables.md").read_text().count("\n| ") == 5
+
+
+def test_presence(run: Run, tmp_path: Path) -> None:
+    save_untrained(tmp_path / "model")
+    out = run("presence", "--model", tmp_path / "model", "--num-images", 2)
+    figures = json.loads((out / "figures.json").read_text())
+    assert figures["present"] >= figures["absent"] > 0
+    assert set(figures["auc"]) == {"score", "own box", "whole image"}
+
+
+def test_auc_is_the_share_of_pairs_in_order() -> None:
+    assert presence.auc(np.array([0.1, 0.9, 0.5, 0.5]), np.array([False, True, True, False])) == 0.875
+
+
+def test_loss(run: Run) -> None:
+    out = run("loss", "--rows", 64, "--repeats", 1)
+    (case,) = json.loads((out / "figures.json").read_text())["cases"]
+    assert case["dense"]["loss"] == pytest.approx(case["tiled"]["loss"], rel=1e-5)
+    assert "| 64 |" in (out / "README.md").read_text()
+
+
+# -- data ----------------------------------------------------------------------------------------------------------
+
+
+def test_data(run: Run, photos: Path) -> None:
+    out = run("data", "--data", photos, "--photos", 16, "--batch-size", 4, "--rounds", 1)
+    sets = json.loads((out / "figures.json").read_text())["sets"]
+    assert [found["photos"] for found in sets.values()] == [16, 4]
+    assert "opencloc, with regions" in (out / "README.md").read_text()
+
+
+def test_data_libraries_decode_at_the_scale_needed_and_letterbox_as_opencloc_does() -> None:
+    ramp = np.linspace(0, 255, 90 * 60 * 3).reshape(60, 90, 3).astype(np.uint8)
+    image = Image.fromarray(ramp)
+    side = data_libraries.SIDE
+    expected = letterbox_array(image, side)
+    found = data_libraries.letterbox(image)
+    inside = slice(side // 5, -side // 5)
+    np.testing.assert_allclose(found[inside].astype(int), expected[inside].astype(int), atol=1)
+
+
+@pytest.mark.slow
+def test_soak(run: Run) -> None:
+    out = run("soak", "--seconds", 1, "--kill-every", 0.01, 0.02, "--max-kills", 1)
+    assert json.loads((out / "figures.json").read_text())["equal"]
+
+
+# -- labels --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_label(run: Run, photos: Path, tmp_path: Path) -> None:
+    owl = save_owl(tmp_path / "owl")
+    out = run("label", "--data", photos, "--yolox", "", "--owlv2", owl, "--images", 3, "--workers", 0)
+    figures = json.loads((out / "label.json").read_text())
+    assert figures["engine_cpu_ms"]["total"] > 0
+    assert "## Local workers" in (out / "label.md").read_text()
+
+
+def test_label_quality_is_perfect_for_labels_that_equal_the_human_boxes(run: Run, tmp_path: Path) -> None:
+    for folder in ("images", "annotations"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (40, 20)).save(tmp_path / "images" / "1.png")
+    dog = COCO_CLASSES.index("dog")
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 40, "height": 20}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": dog, "bbox": [4, 2, 20, 10], "iscrowd": 0}],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(COCO_CLASSES)],
+    }
+    (tmp_path / "annotations" / "instances_x.json").write_text(json.dumps(content))
+    source = Coco(str(tmp_path), CocoConfig())
+    sample = source[0]
+    labels = tmp_path / "labels" / "vesl"
+    row = SidecarRow(
+        key=sample.key,
+        boxes=sample.boxes,
+        texts=("a brown dog",),
+        scores=np.ones(1, np.float32),
+        caption="a brown dog on the grass",
+    )
+    write_sidecar(sidecar_path(source.instances_path, str(labels), 0), [row], {"phrases": 1})
+    out = run("label_quality", "--data", f"coco:{tmp_path}", "--labels", f"mine={labels}")
+    (found,) = json.loads((out / "quality.json").read_text())
+    assert [found[name] for name in found if name.startswith(("precision", "recall"))] == [1.0] * 5
+    assert "| regions | 1 |" in (out / "quality.md").read_text()
+
+
+def test_scene_detector_finds_things_by_their_names(tmp_path: Path) -> None:
+    scenes: Any = open_source(f"scenes:rich?{study.WORLD}")
+    with ShardWriter(str(tmp_path), samples_per_shard=4) as writer:
+        for number in range(4):
+            writer.write(replace(scenes[number], key=f"{number:06d}"))
+    detector = scene_detector.factory(str(tmp_path))
+    samples = [sample for sample in iter_shard(writer.paths[0]) if not isinstance(sample, Exception)]
+    found = detector([sample.image for sample in samples], [sample.texts for sample in samples])
+    assert sum(len(one.boxes) for one in found) > 0
+    for one, sample in zip(found, samples, strict=True):
+        assert set(one.phrase) <= set(range(len(sample.texts)))
+
+
+# -- the study -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_study_trains_on_labels_that_it_made_and_study_report_shows_the_result(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"NUM_IMAGES": 4, "NUM_IMAGES_ON_THE_WAY": 4, "NUM_LABELLED": 40, "POINTS": 1}.items():
+        monkeypatch.setattr(study, name, value)
+    runs = tmp_path / "study"
+    runs.mkdir()
+    study.make_labels(runs, workers=0)
+    for variant in ("vesl", "cross"):
+        run("study", "--run", variant, 0, "--steps", 1)
+    out = run("study_report", "--runs", runs)
+    assert "VESL: phrases of captions" in (out / "table.md").read_text()
+    assert (out / "curves.png").exists()
+    assert (out / "examples.png").exists()
