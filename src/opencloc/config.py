@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
@@ -235,6 +235,13 @@ def changed_fields(old: Config, new: Config, *, only: str | None = None, but: st
         elif a != b and (only is None or only in marks) and but not in marks:
             changed[name] = f"{a!r} there, {b!r} asked for"
     return changed
+
+
+def from_scratch_left_out(config: TrainConfig) -> TrainConfig:
+    """The configuration without what `model.init_from` brings: a preset's sizes are those of its model from scratch."""
+    hints = get_type_hints(ModelConfig, include_extras=True)
+    fixed = [f for f in fields(ModelConfig) if FROM_SCRATCH in getattr(hints[f.name], "__metadata__", ())]
+    return replace(config, model=replace(config.model, **{f.name: f.default for f in fixed}))
 
 
 def to_json(config: Any) -> str:

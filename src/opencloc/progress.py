@@ -74,7 +74,9 @@ class Meter:
         left = ""
         if self.total is not None and rate > 0:
             left = f", {_duration((self.total - self.done) / rate)} left"
-        return f"{self.what}: {self.done:,}{of} {self.unit}, {rate:,.1f}/s{left}" + (f"; {self.note}" if self.note else "")
+        return f"{self.what}: {self.done:,}{of} {self.unit}, {rate:,.1f}/s{left}" + (
+            f"; {self.note}" if self.note else ""
+        )
 
 
 def track(items: Iterable[T], what: str, *, total: int | None = None, unit: str = "images") -> Iterator[T]:
