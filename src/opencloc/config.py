@@ -262,7 +262,7 @@ def from_json(kind: Callable[..., Config], text: str | bytes, where: str | Path)
 
 
 @functools.cache
-def _adapter(kind: type) -> TypeAdapter[Any]:
+def _adapter(kind: type) -> Any:  # a `TypeAdapter`, which the checker of the tests does not know
     """What checks the fields of a configuration class, given as a dictionary."""
     hints = get_type_hints(kind, include_extras=True)
     checked = TypedDict(kind.__name__, {f.name: hints[f.name] for f in fields(kind)})  # pyright: ignore
