@@ -44,7 +44,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
         (["train", "tiny", "--model.tokenizer", "nothere"], 1, "nothere: no such folder"),
         (["train", "tiny", "--device", "cuda:77"], 1, "device 'cuda:77' is not there"),
         (["eval", "--data", "scenes:easy", "--model", "nowhere"], 1, "nowhere: no such folder"),
-        (["export", "--model", "nowhere", "--out", "x"], 1, "nowhere is no checkpoint folder"),
+        (["export", "--model", "nowhere", "--out", "x"], 1, "nowhere: no such folder"),
     ],
 )
 def test_errors_say_what_was_wrong_and_where(

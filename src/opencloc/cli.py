@@ -6,7 +6,6 @@ need when they run, so that help comes at once.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import warnings
@@ -159,9 +158,14 @@ def _data_pack(arguments: list[str]) -> None:
 
     config = _parse(PackConfig, arguments, "data pack")
     report = pack(config)
-    print(config.out)
-    renamed = f", {report.renamed:,} of them renamed" if report.renamed else ""
-    print(f"{report.samples:,} images in {len(report.paths):,} tars{renamed}{_but(report.left_out)}")
+    print(f"{config.out}\n{report}")
+
+
+def _data_cache(arguments: list[str]) -> None:
+    """Show or clear the cache of remote tars: its place, its size"""
+    from opencloc.data.tars.cache import CacheConfig, cache_report
+
+    print(cache_report(_parse(CacheConfig, arguments, "data cache")))
 
 
 def _but(skipped: Mapping[str, int]) -> str:
@@ -196,6 +200,7 @@ def _data_scenes(arguments: list[str]) -> None:
 def _export(arguments: list[str]) -> None:
     """Write a model's towers as a plain CLIP checkpoint, for LLaVA, Ferret and others"""
     from opencloc.model.cloc import ClocModel
+    from opencloc.model.export import check_apart, export_clip
     from opencloc.model.processor import ClocProcessor
 
     @dataclass(frozen=True, kw_only=True)
@@ -205,17 +210,13 @@ def _export(arguments: list[str]) -> None:
         model: str
         """Folder of the CLOC checkpoint."""
         out: str
-        """Folder to write."""
+        """Folder to write.  An earlier export of that name is replaced, anything else refused."""
 
     config = _parse(Export, arguments, "export")
-    if not (Path(config.model) / "config.json").is_file():
-        raise ValueError(f"{config.model} is no checkpoint folder: there is no config.json in it")
-    kind = json.loads((Path(config.model) / "config.json").read_text()).get("model_type")
-    if kind != "cloc":
-        raise ValueError(f"{config.model} holds a {kind!r} model, not a CLOC checkpoint")
-    ClocModel.from_pretrained(config.model).export_clip(config.out)
-    ClocProcessor.from_pretrained(config.model).export_clip(config.out)
-    print(config.out)
+    check_apart(config.model, config.out)
+    model = ClocModel.from_pretrained(config.model)
+    print(export_clip(model, ClocProcessor.from_pretrained(config.model), config.out))
+    print(f"The towers of {config.model} as a plain {type(model.clip).__name__}; its README says how to use it.")
 
 
 def _group(name: str, **parts: type) -> Any:
@@ -246,6 +247,7 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "data stats": _data_stats,
     "data view": _data_view,
     "data pack": _data_pack,
+    "data cache": _data_cache,
 }
 
 if __name__ == "__main__":

@@ -1,31 +1,44 @@
-"""Bytes of files, local or at any fsspec URL.  Owns reading, listing and atomic writing; knows nothing of samples.
+"""Files, local or at any fsspec URL: reading, listing, writing that nobody ever sees half of, and locks.
 
-A local path is opened plainly on every call (no file stays open, so nothing is shared across a fork); everything else
-goes through fsspec, which keeps its own connections per process.
+A name without `://` is a local path, whatever else stands in it.  A local file is opened anew on every call, so no open
+file is shared across a fork; everything else goes through fsspec, which keeps its own connections per process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import filelock
+from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 
 def local_path(url: str) -> str | None:
     """The path of a local file, or None if `url` belongs to another file system."""
     if url.startswith("file://"):
         return url.removeprefix("file://")
-    return None if "://" in url or "::" in url else url
+    return None if "://" in url else url
+
+
+def _filesystem(url: str) -> tuple[AbstractFileSystem, str]:
+    """The file system of `url`, and the path in it (of a local file the absolute one)."""
+    if (path := local_path(url)) is not None:
+        return LocalFileSystem(), os.path.abspath(path)
+    return url_to_fs(url)
 
 
 def read_bytes(url: str, start: int = 0, size: int | None = None) -> bytes:
@@ -65,14 +78,17 @@ def write_json(path: str | Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary path to write to.  It is renamed to `path` when the block ends well, removed when it fails."""
+    """Gives a temporary path to write to.  It is renamed to `path` when the block ends well, removed when it fails.
+
+    Raises `OSError` naming `path` where it is something other than a regular file, or cannot be written (a full disk).
+    """
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a regular file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(path)
+    partial = _make_room_for(path)
     try:
-        yield partial
-        _sync(partial)
+        with _named(path):
+            yield partial
+            _sync(partial)
         os.replace(partial, path)
         _sync(path.parent)
     except BaseException:
@@ -85,18 +101,17 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Gives a temporary folder to fill, which takes the place of `path` when the block ends well.
 
     The old folder stays until the new one is complete and synced.  When the block fails, the old one is untouched.
-    Raises `OSError` where something other than a folder has the name.
+    Raises `OSError` naming `path` where it is something other than a folder, or cannot be written (a full disk).
     """
     if path.exists() and not path.is_dir():
         raise OSError(f"{path} is not a folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(path)
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = _make_room_for(path)
     partial.mkdir()
     try:
-        yield partial
-        for written in [*partial.rglob("*"), partial]:
-            _sync(written)
+        with _named(path):
+            yield partial
+            for written in [*partial.rglob("*"), partial]:
+                _sync(written)
         if path.exists():
             old = partial.with_suffix(".old")
             os.replace(path, old)
@@ -110,6 +125,19 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Makes a full disk an `OSError` that names `path`, whichever library met it."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = error.filename or str(path)
+        elif os.strerror(errno.ENOSPC) in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+
+
 def remove_folder(path: Path) -> None:
     """Removes a folder so that nobody ever sees half of it: it is renamed out of sight first."""
     hidden = partial_path(path)
@@ -120,15 +148,46 @@ def remove_folder(path: Path) -> None:
 def sweep(folder: Path) -> None:
     """Removes what killed processes left half written in a folder.  The caller must be its only writer."""
     for leftover in [*folder.glob(".*.partial"), *folder.glob(".*.old")]:
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+        _remove(leftover)
 
 
 def partial_path(path: Path) -> Path:
     """The hidden name beside `path` under which this process writes it."""
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+
+
+def _make_room_for(path: Path) -> Path:
+    """The partial path of `path`, free, in a folder from which the leftovers of dead processes are gone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if (os.getpid(), path.parent) not in _swept:  # once per folder, which may be large
+        _swept.add((os.getpid(), path.parent))
+        mine = re.compile(rf"\..*\.{re.escape(socket.gethostname())}-(\d+)\.(partial|old)")
+        for name in os.listdir(path.parent):
+            if (match := mine.fullmatch(name)) and not _is_alive(int(match[1])):
+                _remove(path.parent / name)
+    partial = partial_path(path)
+    _remove(partial)
+    return partial
+
+
+_swept: set[tuple[int, Path]] = set()  # (process, folder)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
@@ -142,26 +201,22 @@ def _sync(path: Path) -> None:
 
 def exists(url: str) -> bool:
     """Whether there is a file or folder."""
-    if (path := local_path(url)) is not None:
-        return os.path.exists(path)
-    fs, path = url_to_fs(url)
+    fs, path = _filesystem(url)
     return fs.exists(path)
 
 
 def is_folder(url: str) -> bool:
     """Whether `url` is a folder that exists."""
-    if (path := local_path(url)) is not None:
-        return os.path.isdir(path)
-    fs, path = url_to_fs(url)
+    fs, path = _filesystem(url)
     return fs.isdir(path)
 
 
 def glob(pattern: str) -> list[str]:
     """Files that match a glob pattern, sorted, as URLs of the same kind as the pattern."""
-    fs, path = url_to_fs(pattern)
-    found = sorted(fs.glob(path))
+    fs, path = _filesystem(pattern)
+    found: list[str] = sorted(fs.glob(path))  # pyright: ignore[reportAssignmentType]
     if (local := local_path(pattern)) is None:
-        return [fs.unstrip_protocol(path) for path in found]
+        return [str(fs.unstrip_protocol(path)) for path in found]
     return found if os.path.isabs(local) else [os.path.relpath(path) for path in found]
 
 
@@ -173,39 +228,70 @@ def children(folder: str) -> list[str]:
     return sorted(f"{folder.rstrip('/')}/{found.rstrip('/').rsplit('/', 1)[-1]}" for found in fs.ls(path, detail=False))
 
 
-def versions(folder: str) -> dict[str, str] | None:
-    """Name -> what tells one version of a file from another (size and time), of all files directly in a folder.
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """What tells one version of a file from another without reading it."""
+
+    size: int | None  # in bytes; None where the server doesn't say
+    tag: str = ""  # its ETag or time
+
+    def __str__(self) -> str:
+        return f"{self.size}-{self.tag}"
+
+
+def version(url: str) -> Version:
+    """The version of a file: one look, of a remote file one request.  Raises `FileNotFoundError`, other `OSError`."""
+    if (path := local_path(url)) is not None:
+        status = os.stat(path)
+        return Version(size=status.st_size, tag=str(status.st_mtime_ns))
+    fs, path = url_to_fs(url)
+    fs.invalidate_cache(path)
+    return _version(fs.info(path))
+
+
+def versions(folder: str) -> dict[str, Version] | None:
+    """Name -> version of all files directly in a folder.
 
     One listing, however many files.  None where the folder isn't there or can't be listed (as on web servers).
     """
     if (path := local_path(folder)) is not None:
         try:
             with os.scandir(path or ".") as entries:
-                return {e.name: f"{(s := e.stat()).st_size}-{s.st_mtime_ns}" for e in entries if e.is_file()}
+                status = {entry.name: entry.stat() for entry in entries if entry.is_file()}
         except OSError:
             return None
+        return {name: Version(size=one.st_size, tag=str(one.st_mtime_ns)) for name, one in status.items()}
     if folder.startswith(("http://", "https://")):  # fsspec takes the links of whatever page comes for a listing
         return None
     fs, path = url_to_fs(folder)
+    fs.invalidate_cache(path)
     try:
         entries = fs.ls(path, detail=True)
     except Exception:  # every file system has its own; what is not there will be missed when it is read
         return None
-    times = ("ETag", "etag", "LastModified", "last_modified", "mtime", "created")
-    return {
-        entry["name"]
-        .rstrip("/")
-        .rsplit("/", 1)[-1]: f"{entry.get('size')}-{next(filter(None, map(entry.get, times)), '')}"
-        for entry in entries
-        if entry.get("type") != "directory"
-    }
+    files = (entry for entry in entries if entry.get("type") != "directory")
+    return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: _version(entry) for entry in files}
+
+
+def _version(entry: dict[str, Any]) -> Version:
+    """The version in one of fsspec's descriptions of a file."""
+    names = ("ETag", "etag", "Last-Modified", "LastModified", "last_modified", "mtime", "created")
+    size = entry.get("size")
+    tag = next(filter(None, map(entry.get, names)), "")
+    return Version(size=None if size is None else int(size), tag=str(tag))
 
 
 def find(folder: str) -> list[str]:
     """All files under a folder, at any depth, sorted, as paths below it with `/` between the parts."""
-    fs, path = url_to_fs(folder)
+    return sorted(sizes(folder))
+
+
+def sizes(folder: str) -> dict[str, int | None]:
+    """Path below a folder -> size in bytes, of all files under it at any depth."""
+    fs, path = _filesystem(folder)
     root = path.rstrip("/") + "/"
-    return sorted(found.removeprefix(root) for found in fs.find(path))
+    found: Any = fs.find(path, detail=True)
+    return {name.removeprefix(root): entry.get("size") for name, entry in found.items()}
 
 
 def cache_folder(name: str) -> Path:

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opencloc.data.record import Record
 from opencloc.data.sidecar import (
     SCHEMA,
     Sidecar,
@@ -57,7 +56,7 @@ def row(key: str = "a", text: str = "dog", **changes: object) -> SidecarRow:
     return SidecarRow(key=key, **values)  # type: ignore[arg-type]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(sidecar_rows())
 def test_reading_gives_back_what_was_written(tmp_path_factory, fields: list[dict[str, Any]]) -> None:
     rows = [SidecarRow(**one) for one in fields]
@@ -117,14 +116,16 @@ def test_remote_sidecars_read_like_local_ones() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"boxes": np.array([[0, 0, 1.5, 1]])}, "'a': box .* reaches outside"),
+        ({"boxes": np.array([[0, 0, 1.5, 1]])}, "'a': bad box .* reaches outside"),
         ({"boxes": np.array([[0, 0, np.nan, 1]])}, "not finite"),
         ({"boxes": np.array([[0.5, 0, 0.5, 1]])}, "is empty"),
         ({"boxes": np.zeros((0, 4))}, "0 boxes, 1 texts, 1 scores"),
-        ({"texts": (" ",)}, "empty text"),
+        ({"texts": (" ",)}, "empty region text"),
+        ({"texts": ("half a pair \ud83d",)}, "not valid Unicode"),
+        ({"caption": "half a pair \ud83d"}, "not valid Unicode"),
         ({"scores": np.array([1.5])}, r"scores \[1.5\] are not all in \[0, 1\]"),
         ({"scores": np.array([np.nan])}, "not all in"),
-        ({"error": "no caption"}, "has no regions, this one 1"),
+        ({"error": "no caption"}, "error beside regions"),
     ],
 )
 def test_unsound_rows_cannot_be_made(changes: dict, message: str) -> None:
@@ -200,6 +201,23 @@ def test_a_wrong_row_becomes_an_error_and_the_others_stay(tmp_path: Path) -> Non
     assert (found["b"].texts, found["b"].error) == (("cat",), None)
 
 
+@pytest.mark.parametrize("column", ["key", "caption", "texts", "error"])
+def test_bytes_that_are_not_utf8_cost_their_row_alone(tmp_path: Path, column: str) -> None:
+    bad = pa.array([b"caf\xe9"]).view(pa.string())
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 1], type=pa.int32()), bad)
+    good = {"key": "b", "caption": None, "error": None}
+    columns = table(boxes=[[], []], texts=[[], []], scores=[[], []]) if column == "error" else table()
+    changed = lists if column == "texts" else pa.concat_arrays([bad, pa.array([good[column]], type=pa.string())])
+    columns = columns.set_column(columns.column_names.index(column), column, changed)
+    pq.write_table(columns, tmp_path / "0.vesl.parquet")
+    found = Sidecar(str(tmp_path / "0.vesl.parquet"))
+    if column == "key":
+        assert list(found) == ["caf\\xe9", "b"]  # which no sample has, so that the sample is "not in the sidecar"
+    else:
+        assert "can't decode byte 0xe9" in (found["a"].error or "")
+    assert found["b"].texts == ()
+
+
 def test_a_key_comes_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="key 'a' comes twice"):
         write_sidecar(str(tmp_path / "0.vesl.parquet"), [row(), row()], {})
@@ -222,11 +240,11 @@ def test_labels_of_a_folder_are_one_file_or_all_its_parts(tmp_path: Path) -> Non
 
 
 def test_labels_replace_regions_and_keep_every_own_caption_they_came_from() -> None:
-    own = Record(captions=("one", "two"), boxes=np.array([[0, 0, 1, 1]]), texts=("old",))
+    own = {"captions": ("one", "two"), "boxes": np.array([[0, 0, 1, 1]]), "texts": ("old",)}
     same, new, silent = (with_labels(own, row(caption=caption), "x") for caption in ("two", "three", None))
-    assert same.captions == silent.captions == ("one", "two")
-    assert (new.captions, new.alt_text) == (("three",), "one")
-    assert same.texts == new.texts == silent.texts == ("dog",)
+    assert same["captions"] == silent["captions"] == ("one", "two")
+    assert (new["captions"], new["alt_text"]) == (("three",), "one")
+    assert same["texts"] == new["texts"] == silent["texts"] == ("dog",)
     for labels, reason in ((None, "not in the sidecar"), (SidecarRow(key="a", error="slow"), "not labelled")):
         with pytest.raises(BadSample) as caught:
             with_labels(own, labels, "x")
@@ -235,9 +253,9 @@ def test_labels_replace_regions_and_keep_every_own_caption_they_came_from() -> N
 
 @pytest.mark.parametrize("made_from", ["one", "two", "one\ntwo", "from the page"])  # caption, all-captions, alt-text
 def test_labels_made_from_a_samples_own_texts_leave_these_as_they_are(made_from: str) -> None:
-    own = Record(captions=("one", "two"), alt_text="from the page", boxes=np.zeros((0, 4), dtype=np.float32))
+    own = {"captions": ("one", "two"), "alt_text": "from the page"}
     found = with_labels(own, row(caption=made_from), "x")
-    assert (found.captions, found.alt_text, found.texts) == (("one", "two"), "from the page", ("dog",))
+    assert (found["captions"], found["alt_text"], found["texts"]) == (("one", "two"), "from the page", ("dog",))
 
 
 def test_a_row_is_made_when_it_is_asked_for_and_like_all_at_once(tmp_path: Path) -> None:

@@ -15,10 +15,6 @@ import torch
 from PIL import Image
 from transformers import (
     AutoModel,
-    AutoProcessor,
-    CLIPModel,
-    CLIPVisionModel,
-    PreTrainedTokenizerFast,
     Siglip2ImageProcessorPil,
 )
 
@@ -26,7 +22,6 @@ from opencloc.config import LossConfig, ModelConfig
 from opencloc.loss import cloc_loss
 from opencloc.model.cloc import ClocConfig, ClocModel, ImageFeatures
 from opencloc.model.packing import pack
-from opencloc.model.processor import ClocProcessor
 from opencloc.model.prompter import PROMPTERS, CrossPrompter
 from opencloc.model.prompts import Box, Mask, Point, Text
 from opencloc.model.towers import patchify, vision_forward
@@ -87,58 +82,6 @@ def test_saved_model_loads_equal(make_model: MakeModel, tmp_path: Path, prompter
     for (name, ours), theirs in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
     assert torch.equal(model.encode_image(pixels()).embedding, loaded.encode_image(pixels()).embedding)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_from_clip_keeps_every_weight_and_export_gives_them_back(
-    tower_config: Callable[[str], Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path, family: str
-) -> None:
-    torch.manual_seed(3)
-    original = AutoModel.from_config(tower_config(family)).eval()
-    original.save_pretrained(tmp_path / "original")
-    tokenizer.save_pretrained(tmp_path / "original")
-    model = ClocModel.from_clip(tmp_path / "original", prompter_heads=2).eval()
-    processor = ClocProcessor.from_clip(tmp_path / "original")
-    assert processor.image_size == 32
-    for name, weight in original.state_dict().items():
-        assert torch.equal(weight, model.clip.state_dict()[name]), name
-    with torch.no_grad():  # as after fine-tuning: no weight is what it was
-        for parameter in model.parameters():
-            parameter += 0.01 * torch.randn_like(parameter)
-    model.export_clip(tmp_path / "export")
-    processor.export_clip(tmp_path / "export")
-    exported = AutoModel.from_pretrained(tmp_path / "export").eval()
-    assert type(exported) is type(original)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            torch.nn.functional.normalize(vision_forward(exported, pixels())[0], dim=-1),
-            model.encode_image(pixels()).embedding,
-        )
-        ids = texts(model)
-        features = exported.get_text_features(input_ids=ids).pooler_output
-        torch.testing.assert_close(torch.nn.functional.normalize(features, dim=-1), model.encode_text(ids))
-
-
-@pytest.mark.filterwarnings("ignore")  # transformers reports the text tower that a vision model leaves out
-def test_export_loads_as_the_classes_llava_and_ferret_use(
-    make_model: MakeModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    model = make_model()
-    processor = ClocProcessor.for_towers(model.config.clip_config, tokenizer)
-    model.export_clip(tmp_path)
-    processor.export_clip(tmp_path)
-    vision: Any = CLIPVisionModel.from_pretrained(tmp_path).eval()
-    whole: Any = CLIPModel.from_pretrained(tmp_path).eval()
-    preprocess = AutoProcessor.from_pretrained(tmp_path, backend="pil")
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 50, 3), dtype=np.uint8))
-    theirs = preprocess(images=image, return_tensors="pt")["pixel_values"]
-    ours, _ = processor.letterbox([image])
-    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
-    with torch.no_grad():
-        features = model.encode_image(ours)
-        torch.testing.assert_close(vision(pixel_values=ours).last_hidden_state[:, 1:], features.tokens)
-        pooled = whole.get_image_features(pixel_values=ours).pooler_output
-        torch.testing.assert_close(torch.nn.functional.normalize(pooled, dim=-1), features.embedding)
 
 
 def test_patches_of_siglip2_are_those_of_its_image_processor() -> None:
@@ -296,16 +239,6 @@ def test_pixel_boxes_and_wrong_counts_are_refused(make_model: MakeModel) -> None
         model.encode_regions(features, BOXES[:1])
 
 
-def test_wrong_checkpoints_are_refused(make_model: MakeModel, tmp_path: Path) -> None:
-    make_model().save_pretrained(tmp_path / "cloc")
-    with pytest.raises(ValueError, match="CLOC checkpoint already"):
-        ClocModel.from_clip(tmp_path / "cloc")
-    (tmp_path / "bert").mkdir()
-    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match=r"bert.*must be one of clip, siglip, siglip2"):
-        ClocModel.from_clip(tmp_path / "bert")
-
-
 def test_vit_positions_start_from_the_basis_of_the_prompts(make_model: MakeModel) -> None:
     with_basis, without = make_model(), make_model(shared_positions=False)
     table = with_basis.clip.vision_model.embeddings.position_embedding.weight[1:]
@@ -401,7 +334,7 @@ def test_a_pooled_region_reads_its_own_patches(make_model: MakeModel, family: st
 def test_the_pool_prompter_has_no_weights_and_keeps_the_scale_of_clip(make_model: MakeModel) -> None:
     model = make_model(prompter="pool")
     assert not model.prompter.state_dict()
-    assert model.region_scale == model.clip.logit_scale.exp()
+    assert model.scale("region") == model.clip.logit_scale.exp()
     assert torch.equal(model.encode_image(pixels()).tokens, vision_forward(model.clip, pixels())[1])
     copied = copy.deepcopy(model)
     torch.nn.init.zeros_(copied.clip.visual_projection.weight)  # a copy pools with its own towers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,9 +37,22 @@ def test_padding_comes_last_whatever_the_tokenizer_is_set_to(tokenizer: PreTrain
         assert torch.equal(found, expected)
 
 
-def test_empty_text_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match="text 1 is empty"):
-        ClocProcessor(tokenizer).tokenize(["dog", "  "])
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [(["dog", "  "], "text 1 is empty"), ("", "text 0 is empty"), (["\ud800"], "no valid"), ([3], "not a string")],
+)
+def test_what_is_no_text_is_refused(tokenizer: PreTrainedTokenizerFast, texts: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ClocProcessor(tokenizer)(text=texts)
+
+
+def test_spaces_case_and_unicode_forms_make_no_difference_and_a_string_is_one_text(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    processor = ClocProcessor(tokenizer, max_text_length=64)
+    ids = processor.tokenize(["a red \u00e9t\u00e9", " A  red\n e\u0301te\u0301\t"])
+    assert torch.equal(ids[0], ids[1])
+    assert torch.equal(processor.tokenize("a red \u00e9t\u00e9"), ids[:1])
 
 
 def test_any_text_can_be_tokenised_and_ids_are_in_the_order_clip_needs(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,8 +1,7 @@
-"""Batches for training: what they hold, and how they are put together from samples made ready.
+"""Batches for training, put together from samples made ready.
 
-Owns collation, which goes in two steps: `collate` (in a worker) makes a part of some rows, images still as bytes;
-`join` (in the training process) makes parts into the batch on its device and normalises the images there.  Which
-samples, and how they are made ready, is `loader.py`'s.
+`collate` (in a worker) makes a part of some rows, its images still bytes.  `join` (in the training process) makes the
+parts into one batch on its device and normalises the images there.
 
 Symbols: B images, M regions per image, U distinct region texts, T tokens of a caption, W of a region text, S side of
 the square, K patches kept of an image.
@@ -13,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from opencloc.model.processor import ClocProcessor
+from opencloc.texts import canonical
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,30 +36,10 @@ class Example:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """Some rows of a batch; fields as in `Batch`, but for the images."""
-
-    squares: UInt8[Tensor, "B S S 3"]
-    input_ids: Int[Tensor, "B T"]
-    boxes: Float[Tensor, "B M 4"]
-    valid: Bool[Tensor, "B M"]
-    text_ids: Int[Tensor, "U W"]
-    text_index: Int[Tensor, "B M"]
-    text_hash: Int[Tensor, "B M"]
-    skipped: Counter[str]
-    kept: Int[Tensor, "B K"] | None = None
-
-    def pin_memory(self) -> Part:
-        """The part in page-locked memory (the loader calls this by name)."""
-        pinned = {k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return Part(**pinned, skipped=self.skipped)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One training batch.  Boxes are in the frame of the letterboxed square."""
+    """One training batch, or a part of it.  Boxes are in the frame of the letterboxed square."""
 
-    pixel_values: Float[Tensor, "B 3 S S"]
+    pixel_values: Float[Tensor, "B 3 S S"] | UInt8[Tensor, "B S S 3"]  # bytes in a part, before `join`
     input_ids: Int[Tensor, "B T"]
     boxes: Float[Tensor, "B M 4"]
     valid: Bool[Tensor, "B M"]  # False where the image has fewer than M regions
@@ -69,10 +49,9 @@ class Batch:
     skipped: Counter[str] = field(default_factory=Counter)  # samples that could not be used, by reason
     kept: Int[Tensor, "B K"] | None = None  # numbers of the patches that are looked at; None: all
 
-    def to(self, device: torch.device) -> Batch:
-        """The batch with its tensors on `device`."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return Batch(**moved, skipped=self.skipped)
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory (the loader calls this by name)."""
+        return replace(self, **{k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)})
 
     def split(self, size: int) -> list[Batch]:
         """Micro-batches of `size` images; distinct texts are kept per micro-batch."""
@@ -80,28 +59,20 @@ class Batch:
         for start in range(0, len(self.pixel_values), size):
             rows = slice(start, start + size)
             used, index = torch.unique(self.text_index[rows], return_inverse=True)
-            pieces.append(
-                Batch(
-                    pixel_values=self.pixel_values[rows],
-                    input_ids=self.input_ids[rows],
-                    boxes=self.boxes[rows],
-                    valid=self.valid[rows],
-                    text_ids=self.text_ids[used],
-                    text_index=index,
-                    text_hash=self.text_hash[rows],
-                    kept=None if self.kept is None else self.kept[rows],
-                )
-            )
+            names = ["pixel_values", "input_ids", "boxes", "valid", "text_hash"]
+            cut = {name: getattr(self, name)[rows] for name in names}
+            kept = None if self.kept is None else self.kept[rows]
+            pieces.append(Batch(**cut, text_ids=self.text_ids[used], text_index=index, kept=kept))
         return pieces
 
 
 def text_identity(text: str) -> int:
-    """A 64-bit hash of a region text, the same in every process; case and outer blanks do not count."""
-    digest = hashlib.blake2b(text.strip().lower().encode(), digest_size=8).digest()
+    """A 64-bit hash of a region text's canonical form, the same in every process."""
+    digest = hashlib.blake2b(canonical(text).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 
 
-def collate(examples: Sequence[Example], processor: ClocProcessor) -> Part:
+def collate(examples: Sequence[Example], processor: ClocProcessor) -> Batch:
     """Examples as rows of a batch; every distinct region text becomes one row of `text_ids`."""
     num_regions = len(examples[0].boxes)
     rows: dict[str, int] = {}
@@ -109,11 +80,11 @@ def collate(examples: Sequence[Example], processor: ClocProcessor) -> Part:
     valid = np.zeros((len(examples), num_regions), dtype=bool)
     for b, example in enumerate(examples):
         for m, text in enumerate(example.texts):
-            index[b, m] = rows.setdefault(text.strip().lower(), len(rows))
+            index[b, m] = rows.setdefault(canonical(text), len(rows))
             hashes[b, m] = text_identity(text)
             valid[b, m] = True
-    return Part(
-        squares=torch.from_numpy(np.stack([example.square for example in examples])),
+    return Batch(
+        pixel_values=torch.from_numpy(np.stack([example.square for example in examples])),
         input_ids=processor.tokenize([example.caption for example in examples]),
         boxes=torch.from_numpy(np.stack([example.boxes for example in examples])),
         valid=torch.from_numpy(valid),
@@ -125,11 +96,11 @@ def collate(examples: Sequence[Example], processor: ClocProcessor) -> Part:
     )
 
 
-def join(parts: Sequence[Part], processor: ClocProcessor, device: torch.device) -> Batch:
+def join(parts: Sequence[Batch], processor: ClocProcessor, device: torch.device) -> Batch:
     """The parts as one batch on `device`, the same as if their examples had been collated at once."""
     pad_id = processor.tokenizer.pad_token_id
     text_ids, text_index = _merge_texts(parts, pad_id)
-    squares = torch.cat([part.squares.to(device, non_blocking=True) for part in parts])
+    squares = torch.cat([part.pixel_values.to(device, non_blocking=True) for part in parts])
     names = ["boxes", "valid", "text_hash", *(["kept"] if parts[0].kept is not None else [])]
     whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
     return Batch(
@@ -142,7 +113,7 @@ def join(parts: Sequence[Part], processor: ClocProcessor, device: torch.device) 
     )
 
 
-def _merge_texts(parts: Sequence[Part], pad_id: int) -> tuple[Int[Tensor, "U W"], Int[Tensor, "B M"]]:
+def _merge_texts(parts: Sequence[Batch], pad_id: int) -> tuple[Int[Tensor, "U W"], Int[Tensor, "B M"]]:
     """`text_ids` and `text_index` over all parts; a text that several have becomes one row, in order of appearance."""
     valid = torch.cat([part.valid for part in parts])
     with_texts = [part for part in parts if part.valid.any()]

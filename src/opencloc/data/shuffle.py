@@ -1,12 +1,11 @@
 """In which order the samples of a source come, epoch by epoch: arithmetic on counts, nothing is read.
 
-Owns that order.  Both kinds are pure functions of (seed, epoch, place), give every sample once per epoch, and find a
-sample in O(log tars) without a list of all of them.
+Both kinds are pure functions of (seed, epoch, place) and give every sample once per epoch.
 
-`WholeOrder` is a permutation of all samples.  `WindowedOrder`, for tars too many to be open at once, permutes the tars
-and cuts their samples, in that order, into `lanes` stretches of equal length.  Consecutive places go round the lanes;
-inside a lane, windows of some `SHUFFLE / lanes` samples are permuted.  At any time only the tars under one window per
-lane are in use, and who takes only the places of some lanes needs only their tars.
+`WholeOrder` permutes all samples.  `WindowedOrder`, for more tars than can be open at once, permutes the tars and cuts
+their samples, in that order, into `lanes` stretches of equal length.  Consecutive places go round the lanes; inside a
+lane, windows of some `SHUFFLE / lanes` samples are permuted.  So only the tars under one window per lane are in use at
+any time, a reader of some lanes needs only their tars, and a sample is found in O(log tars) without a list of all.
 
 Symbols: N samples, L lanes, e epoch.
 """
@@ -16,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+from cachetools import LRUCache
 
 SHUFFLE = 131_072  # samples that the loader shuffles with one another; sources up to this size are permuted whole
 
@@ -30,13 +30,11 @@ class WholeOrder:
 
     def __init__(self, size: int, seed: tuple[int, ...]) -> None:
         self.size, self._seed = size, seed
-        self._kept: dict[int, np.ndarray] = {}  # by epoch, the last two
+        self._kept = LRUCache[int, np.ndarray](2)  # by epoch
 
     def number(self, epoch: int, place: int) -> int:
         """The number of a sample."""
         if epoch not in self._kept:
-            while len(self._kept) > 1:
-                self._kept.pop(next(iter(self._kept)))
             self._kept[epoch] = permutation(self.size, (*self._seed, epoch))
         return int(self._kept[epoch][place])
 
@@ -51,9 +49,7 @@ class WindowedOrder:
         self.size, self.lanes, self._seed = int(counts.sum()), lanes, seed
         self._counts, self._window = counts, max(1, shuffle // lanes)
         self._starts = np.cumsum(counts) - counts  # number of the first sample of every tar
-        self._epochs: dict[
-            int, tuple[np.ndarray, np.ndarray]
-        ] = {}  # the last two: permuted tars, ends of their samples
+        self._epochs = LRUCache[int, tuple[np.ndarray, np.ndarray]](2)  # permuted tars, ends of their samples
         self._windows: dict[int, tuple[tuple[int, int], np.ndarray]] = {}  # of every lane: (epoch, window), permutation
 
     def number(self, epoch: int, place: int) -> int:
@@ -109,8 +105,6 @@ class WindowedOrder:
 
     def _tars(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if epoch not in self._epochs:
-            while len(self._epochs) > 1:
-                self._epochs.pop(next(iter(self._epochs)))
             tars = permutation(len(self._counts), (*self._seed, epoch, 0))
             self._epochs[epoch] = (tars, np.cumsum(self._counts[tars]))
         return self._epochs[epoch]

@@ -1,9 +1,8 @@
 """Region annotations beside the images: one Parquet file per tar, joined by sample key.
 
-Owns the file format, its place and its checks.  `00000.tar` has its labels of the name `vesl` in
-`00000.vesl.parquet`, with the figures of the run that made them in `00000.vesl_stats.json`; several names may lie side
-by side.  Images are never touched.  A COCO JSON has one such file beside it, and an image folder one in it (or numbered
-parts of it).
+The labels `vesl` of `00000.tar` lie in `00000.vesl.parquet`, and the figures of the run that made them in
+`00000.vesl_stats.json`; several names may lie side by side.  Images are never touched.  A COCO JSON has
+one such file beside it, an image folder one in it, or numbered parts of it.
 
 | column  | type                 | meaning |
 |---------|----------------------|---------|
@@ -30,8 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from opencloc import files
-from opencloc.boxes import box_problem
-from opencloc.data.record import Record
+from opencloc.data.sample import region_problem, text_problem
 from opencloc.errors import BadSample
 
 SCHEMA = pa.schema(
@@ -50,8 +48,8 @@ SCHEMA = pa.schema(
 class SidecarRow:
     """The labels of one sample.
 
-    Raises `ValueError` on construction if boxes, texts and scores differ in number, a box or score is unsound, a text
-    is empty, or an error comes together with regions.
+    Raises `ValueError` on construction if boxes, texts and scores differ in number, one of them is unsound (as in
+    `Sample`), or an error comes together with regions.
     """
 
     key: str
@@ -64,25 +62,12 @@ class SidecarRow:
     def __post_init__(self) -> None:
         object.__setattr__(self, "boxes", np.asarray(self.boxes, dtype=np.float32).reshape(-1, 4))
         object.__setattr__(self, "scores", np.asarray(self.scores, dtype=np.float32).reshape(-1))
-        if problem := self._problem():
-            raise ValueError(f"sidecar row {self.key!r}: {problem}")
-
-    def _problem(self) -> str | None:
-        if not len(self.boxes) == len(self.texts) == len(self.scores):
-            return f"{len(self.boxes)} boxes, {len(self.texts)} texts, {len(self.scores)} scores"
-        if self.error is not None and self.texts:
-            return f"a row with an error ({self.error}) has no regions, this one {len(self.texts)}"
-        corners, opposite = self.boxes[:, :2], self.boxes[:, 2:]
-        if not ((corners >= 0) & (corners < opposite) & (opposite <= 1)).all():  # or only within rounding of it
-            for box in self.boxes:
-                if problem := box_problem(box):
-                    return problem
-        if not ((self.scores >= 0) & (self.scores <= 1)).all():
-            return f"scores {self.scores.tolist()} are not all in [0, 1]"
-        for box, text in zip(self.boxes, self.texts, strict=True):
-            if not text.strip():
-                return f"empty text for box {box.tolist()}"
-        return None
+        problem = region_problem(self.boxes, self.texts, self.scores)
+        problem = problem or text_problem(self.key, self.caption or "", self.error or "")
+        if problem is None and self.error is not None and self.texts:
+            problem = "error beside regions", f"{self.error}; {len(self.texts)} regions"
+        if problem:
+            raise ValueError(f"sidecar row {self.key!r}: {problem[0]} ({problem[1]})")
 
 
 def sidecar_path(location: str, name: str, part: int | None = None) -> str:
@@ -143,10 +128,9 @@ def write_sidecar(path: str, rows: Iterable[SidecarRow], stats: Mapping[str, Any
     }
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns, schema=SCHEMA), buffer, compression="zstd")
-    if local := files.local_path(path):
-        os.makedirs(os.path.dirname(local) or ".", exist_ok=True)
+    figures = json.dumps(stats, indent=2, sort_keys=True).encode() + b"\n"
     files.write_bytes(path, buffer.getvalue())
-    files.write_bytes(stats_path(path), json.dumps(stats, indent=2, sort_keys=True).encode() + b"\n")
+    files.write_bytes(stats_path(path), figures)
 
 
 def _box_column(rows: list[SidecarRow]) -> pa.Array:
@@ -159,15 +143,16 @@ def _box_column(rows: list[SidecarRow]) -> pa.Array:
 class Sidecar(Mapping[str, SidecarRow]):
     """The rows of a sidecar by key, in the order of the file; each is made when it is asked for.
 
-    A row that is unsound (box outside the image, numbers that don't match, ...) comes with its `error` saying so and
-    without regions.  Raises `FileNotFoundError`, or `ValueError` naming the file if it is no Parquet, its columns are
-    not those of `SCHEMA`, a key comes twice, or there is a null where none is allowed.
+    A row that is unsound (box outside the image, numbers that don't match, bytes that are not UTF-8) comes with its
+    `error` saying so and without regions.  Raises `FileNotFoundError`, or `ValueError` naming the file if it is no
+    Parquet, its columns are not those of `SCHEMA`, a key comes twice, or there is a null where none is allowed.
     """
 
     def __init__(self, path: str) -> None:
         columns = _columns(path)
         self._numbers: dict[str, int] = {}
-        for number, key in enumerate(columns["key"].to_pylist()):
+        for number, key in enumerate(columns["key"].cast(pa.binary()).to_pylist()):
+            key = key.decode(errors="backslashreplace")  # one that is not UTF-8 names no sample
             if self._numbers.setdefault(key, number) != number:
                 raise ValueError(f"{path}: key {key!r} comes twice")
         self._captions, self._texts, self._errors = (columns[name] for name in ("caption", "texts", "error"))
@@ -183,13 +168,13 @@ class Sidecar(Mapping[str, SidecarRow]):
 
     def __getitem__(self, key: str) -> SidecarRow:
         i = self._numbers[key]
-        caption, texts, error = (column[i].as_py() for column in (self._captions, self._texts, self._errors))
         boxes = self._boxes[self._box_ends[i] : self._box_ends[i + 1]].copy()  # Arrow's memory is read-only
         scores = self._scores[self._score_ends[i] : self._score_ends[i + 1]].copy()
         try:
+            caption, texts, error = (column[i].as_py() for column in (self._captions, self._texts, self._errors))
             return SidecarRow(key=key, caption=caption, boxes=boxes, texts=tuple(texts), scores=scores, error=error)
         except ValueError as problem:
-            return SidecarRow(key=key, caption=caption, error=str(problem))
+            return SidecarRow(key=key, error=str(problem))
 
 
 def read_sidecar(path: str) -> dict[str, SidecarRow]:
@@ -225,18 +210,8 @@ def read_labels(location: str, name: str) -> dict[str, SidecarRow]:
 
     Raises as `read_sidecar`, and `ValueError` if a key lies in two parts.
     """
-    path = sidecar_path(location, name)
-    if files.exists(path):
-        return read_sidecar(path)
-    folder, whole = os.path.split(path)
-    stem, ending = whole[: -len(f".{os.path.basename(name)}.parquet")], f".{os.path.basename(name)}.parquet"
-    part_name = re.compile(re.escape(stem) + r"-\d{5}" + re.escape(ending))
-    there = files.children(folder) if files.is_folder(folder or ".") else []
-    parts = [part for part in there if part_name.fullmatch(os.path.basename(part))]
-    if not parts:
-        raise FileNotFoundError(f"{path}: no such sidecar, nor parts of it")
     rows: dict[str, SidecarRow] = {}
-    for part in parts:
+    for part in _label_files(location, name):
         found = read_sidecar(part)
         if twice := found.keys() & rows.keys():
             raise ValueError(f"{part}: key {min(twice)!r} lies in an earlier part too")
@@ -244,8 +219,29 @@ def read_labels(location: str, name: str) -> dict[str, SidecarRow]:
     return rows
 
 
-def with_labels(record: Record, row: SidecarRow | None, where: str) -> Record:
-    """The record with the regions of its sidecar row instead of its own.
+def label_sizes(location: str, name: str | None) -> dict[str, int | None]:
+    """The sizes of the files that `read_labels` reads, by their names; none without a `name`."""
+    paths = _label_files(location, name) if name is not None else []
+    return {os.path.basename(path): files.version(path).size for path in paths}
+
+
+def _label_files(location: str, name: str) -> list[str]:
+    """The one sidecar of a folder or JSON, or its parts in order."""
+    path = sidecar_path(location, name)
+    if files.exists(path):
+        return [path]
+    folder, whole = os.path.split(path)
+    ending = f".{os.path.basename(name)}.parquet"
+    part_name = re.compile(re.escape(whole.removesuffix(ending)) + r"-\d{5}" + re.escape(ending))
+    there = files.children(folder) if files.is_folder(folder or ".") else []
+    parts = [part for part in there if part_name.fullmatch(os.path.basename(part))]
+    if not parts:
+        raise FileNotFoundError(f"{path}: no such sidecar, nor parts of it")
+    return parts
+
+
+def with_labels(record: Mapping[str, Any], row: SidecarRow | None, where: str) -> dict[str, Any]:
+    """The fields of a `Sample` with the regions of its sidecar row instead of its own.
 
     A caption in the row that is none of the sample's own texts (a caption, all captions one to a line, the alt-text)
     takes the captions' place, and the first of those becomes the alt-text if there was none.  Raises `BadSample` ("not
@@ -255,8 +251,8 @@ def with_labels(record: Record, row: SidecarRow | None, where: str) -> Record:
         raise BadSample("not in the sidecar", where)
     if row.error is not None:
         raise BadSample("not labelled", where, row.error)
-    captions, alt_text = record.captions, record.alt_text
+    captions, alt_text = record["captions"], record.get("alt_text")
     if row.caption is not None and row.caption not in (*captions, "\n".join(captions), alt_text):
         alt_text = alt_text or (captions[0] if captions else None)
         captions = (row.caption,)
-    return Record(captions=captions, alt_text=alt_text, boxes=row.boxes, texts=row.texts, scores=row.scores)
+    return {"captions": captions, "alt_text": alt_text, "boxes": row.boxes, "texts": row.texts, "scores": row.scores}

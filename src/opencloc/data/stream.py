@@ -1,18 +1,18 @@
 """The training stream: which sample at which position, M regions per image, replacement of bad samples, workers, ranks.
 
-Owns what comes when.  Everything about position p of the stream (source, sample, caption, regions) is a pure function
-of (seed, p), so a run resumed at step k sees exactly the batches k, k + 1, ... of the uninterrupted run, with any
-number of workers and ranks, and every sample of a source comes once per epoch whatever their numbers.
+Everything about position p of the stream (source, sample, caption, regions) is a pure function of (seed, p).  So a run
+resumed at step k sees exactly the batches k, k + 1, ... of the uninterrupted run, with any number of workers and ranks,
+and every sample of a source comes once per epoch.
 
-Position p belongs to lane p mod L.  The order of the samples inside a source is `order.py`'s, which keeps a lane in few
-tars at a time; the rows of a batch are sorted by lane, so that a rank, which has consecutive rows, needs only the tars
-of its lanes.  Collation is `batch.py`'s.
+Position p belongs to lane p mod L.  The order inside a source (`shuffle`) keeps a lane in few tars at a time.  The rows
+of a batch are sorted by lane, so that a rank, which has consecutive rows, needs only the tars of its lanes.
 
 Symbols: B images of a batch over all ranks, M regions per image, L lanes, S side of the square.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 from collections import Counter
@@ -24,9 +24,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from opencloc.boxes import Letterbox
-from opencloc.data.batch import Batch, Example, Part, collate, join
+from opencloc.data.batch import Batch, Example, collate, join
 from opencloc.data.sample import Sample, Source
 from opencloc.data.shuffle import SHUFFLE, WholeOrder, WindowedOrder, permutation
+from opencloc.data.sources.mosaic import NamedSource
 from opencloc.data.tars.shards import Shards
 from opencloc.errors import BadSample
 from opencloc.images import letterbox_array
@@ -79,15 +80,22 @@ class TrainingExamples(Dataset[Example]):
             return WindowedOrder(source.counts, seed, lanes=self.lanes, shuffle=SHUFFLE)
         return WholeOrder(source.size, seed) if source.size is not None else None
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Changes when the data would come in another order: other sources, sizes, tars, shares, seed or lanes."""
+        """Changes when the data would come in another order: other sources, sizes, names, shares, seed or lanes."""
         parts: list[Any] = [self.seed, self.lanes, *self.shares.tolist()]
-        for source in self.sources:
+        for source in map(_stored, self.sources):
             parts.append(source.size)
             if isinstance(source, Shards):
                 parts += [source.counts.tobytes(), [url.rsplit("/", 1)[-1] for url in source.urls]]
-        return hashlib.blake2b(repr(parts).encode(errors="surrogateescape"), digest_size=16).hexdigest()
+            elif isinstance(source, NamedSource) and source.size is not None:
+                parts += map(source.identity, range(source.size))
+        return _digest(parts)
+
+    @functools.cached_property
+    def labels_fingerprint(self) -> str:
+        """Changes when files with captions or regions have another size: the order is the same, the content is not."""
+        return _digest([sorted(getattr(_stored(source), "label_sizes", dict)().items()) for source in self.sources])
 
     def draw(self, position: int) -> tuple[int, int]:
         """(which source, how many of its samples came before) of a position."""
@@ -164,6 +172,16 @@ class TrainingExamples(Dataset[Example]):
         )
 
 
+def _stored(source: Source) -> Any:
+    """The source whose files another one is made of: mosaics of photos, crops of regions."""
+    inner = getattr(source, "photos", None) or getattr(source, "regions", None)
+    return source if inner is None else _stored(inner)
+
+
+def _digest(parts: list[Any]) -> str:
+    return hashlib.blake2b(repr(parts).encode(errors="surrogateescape"), digest_size=16).hexdigest()
+
+
 def choose_caption(sample: Sample, rng: random.Random) -> str:
     """One of the captions at random; else the alt text; else the region texts in a row.
 
@@ -212,16 +230,6 @@ class _Rows:
         return (self.stop - self.start) * len(self.parts)
 
 
-class _Collate:
-    """`collate` with its processor: a class so that it crosses to worker processes."""
-
-    def __init__(self, processor: ClocProcessor) -> None:
-        self.processor = processor
-
-    def __call__(self, examples: Sequence[Example]) -> Part:
-        return collate(examples, self.processor)
-
-
 def training_batches(
     examples: TrainingExamples,
     processor: ClocProcessor,
@@ -252,7 +260,7 @@ def training_batches(
     loader = DataLoader(
         examples,
         batch_sampler=rows,  # pyright: ignore[reportArgumentType]
-        collate_fn=_Collate(processor),
+        collate_fn=functools.partial(collate, processor=processor),
         num_workers=num_workers,
         prefetch_factor=max(2, ahead // num_workers) if num_workers else None,
         pin_memory=torch.cuda.is_available(),

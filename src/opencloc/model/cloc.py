@@ -14,12 +14,14 @@ kept in training.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, no_type_check, overload
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData, file_exists, repo_exists
 from huggingface_hub.dataclasses import strict
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -28,7 +30,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
 
-from opencloc.model import towers
+from opencloc import files
+from opencloc.model import loading, towers
 from opencloc.model.packing import PackedTexts, join
 from opencloc.model.prompter import PROMPTERS, AnchoredBoxHead, CrossPrompter, MlpBoxHead, Prompter
 from opencloc.model.prompts import (
@@ -42,7 +45,7 @@ from opencloc.model.prompts import (
     patch_centres,
 )
 
-MAX_LOGIT_SCALE = 100.0  # CLIP's clip on the temperature
+MAX_LOG_SCALE = math.log(100)  # CLIP's bound on the temperature
 POSITION_STD = 0.02  # transformers' initial spread of CLIP's position embeddings
 NO_REGIONS = (
     "this model's Prompter was never trained (loss.region_weight was 0), it has no regions to offer: "
@@ -139,18 +142,12 @@ class ClocModel(PreTrainedModel):
                 if config.box_head == "anchored"
                 else MlpBoxHead(self.embed_dim, width)
             )
-        self.region_logit_scale = None if kind.is_tower_pooling else nn.Parameter(torch.zeros(()))
+        self.region_logit_scale: nn.Parameter | None = None if kind.is_tower_pooling else nn.Parameter(torch.zeros(()))
         self.post_init()
 
     @property
     def has_text_prompts(self) -> bool:
         return self.prompter.has_text_prompts
-
-    @property
-    def region_scale(self) -> Float[Tensor, ""]:
-        """What cosines of regions and texts are multiplied by, at most 100; the `pool` Prompter keeps the image's."""
-        log_scale = self.clip.logit_scale.reshape(()) if self.region_logit_scale is None else self.region_logit_scale
-        return log_scale.exp().clamp_max(MAX_LOGIT_SCALE)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Region parts as transformers initialises linear layers; ViT positions start from the prompts' basis."""
@@ -184,29 +181,78 @@ class ClocModel(PreTrainedModel):
         table.weight[before:] = (basis * POSITION_STD * 2**0.5).to(table.weight.dtype)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The model of a CLOC checkpoint (a folder or hub id); arguments are transformers'.
+
+        Raises ValueError for another kind of model, and for weights that are missing, unexpected, misshapen or not
+        finite, or not in safetensors; FileNotFoundError where there is no such folder.
+        """
+        path = pretrained_model_name_or_path
+        if options.get("config") is None:
+            options["config"] = loading.load_config(path)
+        if options["config"].model_type != "cloc":
+            raise ValueError(
+                f"{path} holds a {options['config'].model_type!r} model, not a CLOC checkpoint: "
+                "use opencloc.load or ClocModel.from_clip"
+            )
+        with_info = options.pop("output_loading_info", False)
+        load: Any = super().from_pretrained
+        model, info = loading.load_weights(load, path, *args, **options)
+        return (model, info) if with_info else model
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:
+        """Writes configuration and weights, and a model card (README.md) where there is none yet."""
+        super().save_pretrained(save_directory, *args, **options)
+        if not (card := Path(save_directory) / "README.md").exists():
+            files.write_text(card, model_card(self.config))
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The address of the commit on the hub.  A model card that is there stays."""
+        token = options.get("token")
+        is_new = not (repo_exists(repo_id, token=token) and file_exists(repo_id, "README.md", token=token))
+        push: Any = super().push_to_hub
+        address = push(repo_id, **options)
+        if is_new:  # transformers has put its own empty card there
+            ModelCard(model_card(self.config)).push_to_hub(repo_id, token=token)
+        return address
+
+    @classmethod
     def from_clip(cls, path: str | Path, **region_config: Any) -> ClocModel:
         """Fresh region parts on the weights of a CLIP, SigLIP or SigLIP 2 checkpoint (a folder or hub id).
 
-        `region_config`: fields of `ClocConfig` but `clip_config`.  Only safetensors weights are read.  Raises
-        ValueError for any other kind of model, OSError if nothing is found.
+        `region_config`: fields of `ClocConfig` but `clip_config`; `regions_trained` is False unless the Prompter has
+        nothing to train.  Raises ValueError for any other kind of model, and as `from_pretrained` does.
         """
-        config: Any = AutoConfig.from_pretrained(path)
+        config = loading.load_config(path)
         if config.model_type == "cloc":
             raise ValueError(f"{path} is a CLOC checkpoint already: load it with ClocModel.from_pretrained")
         try:
             towers.check_family(config)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        clip = AutoModel.from_pretrained(path, use_safetensors=True)
+        clip = loading.load_model(AutoModel, path)
+        region_config = {"regions_trained": region_config.get("prompter") == "pool"} | region_config
         return cls(ClocConfig(clip_config=clip.config, **region_config), towers_model=clip)
 
-    def export_clip(self, folder: str | Path) -> None:
-        """Writes the towers as a plain checkpoint of their own class (`CLIPModel`, `SiglipModel`, ...).
+    # -- temperature ---------------------------------------------------------------------------------------------
 
-        Their outputs equal this model's `encode_image` and `encode_text`.  The processor's `export_clip` adds the
-        tokenizer and image processor.
+    def scale(self, of: Literal["image", "region"]) -> Float[Tensor, ""]:
+        """What cosines of images (or regions) with texts are multiplied by: at most 100.
+
+        At the bound the gradient passes through, so that a scale that stands there can come down.  The `pool` Prompter
+        shares the scale of images.
         """
-        self.clip.save_pretrained(folder)
+        log_scale = self.clip.logit_scale.reshape(())
+        if of == "region" and self.region_logit_scale is not None:
+            log_scale = self.region_logit_scale
+        return (log_scale - (log_scale - MAX_LOG_SCALE).clamp_min(0).detach()).exp()
+
+    @torch.no_grad()
+    def bound_scales(self) -> None:
+        """Brings the scales' parameters back to their bound, after a step of the optimizer, as open_clip does."""
+        for log_scale in (self.clip.logit_scale, self.region_logit_scale):
+            if log_scale is not None:
+                log_scale.clamp_(max=MAX_LOG_SCALE)
 
     # -- encoding ------------------------------------------------------------------------------------------------
 
@@ -333,7 +379,7 @@ class ClocModel(PreTrainedModel):
         output: dict[str, Tensor] = {
             "image": _normalize(pooled),
             "caption": caption,
-            "logit_scale": self.clip.logit_scale.reshape(()).exp().clamp_max(MAX_LOGIT_SCALE),
+            "logit_scale": self.scale("image"),
         }
         if boxes is not None:
             assert texts is not None
@@ -347,10 +393,44 @@ class ClocModel(PreTrainedModel):
             prompted = self.prompter(read, prompts if kept is None else prompts.over(kept), kept)
             output["region"] = _normalize(prompted.embedding[:, :num_regions])
             output["region_text"] = region_text
-            output["region_logit_scale"] = self.region_scale
+            output["region_logit_scale"] = self.scale("region")
             if self.box_head is not None:
                 output["ground_boxes"] = self.box_head(replace(prompted, embedding=prompted.embedding[:, num_regions:]))
         return ClocOutput(**output)
+
+
+def model_card(config: ClocConfig) -> str:
+    """The README.md of a checkpoint: metadata of the hub, and Python that runs."""
+    data = ModelCardData(
+        library_name="opencloc",
+        pipeline_tag="zero-shot-image-classification",
+        tags=["cloc", "region-aware", str(getattr(config.clip_config, "model_type", "clip"))],
+    )
+    regions = (
+        "It embeds and names regions of an image, given as boxes, points or masks"
+        + (", and finds the box of a text." if config.prompter in ("cross", "encoder") else ".")
+        if config.regions_trained
+        else "Its region parts are not trained: ask it for whole images and texts only."
+    )
+    return f"""---
+{data.to_yaml()}
+---
+
+# A CLOC model
+
+A region-aware CLIP ([arXiv 2410.02746](https://arxiv.org/abs/2410.02746)), trained with opencloc. {regions}
+
+```python
+import opencloc
+
+predictor = opencloc.load("FOLDER_OR_HUB_ID")
+photo = predictor.encode("photo.jpg")
+names, scores = predictor.classify(photo, boxes_px=[[10, 20, 200, 180]], names=["dog", "cat"])
+```
+
+`opencloc export` writes the towers as a plain checkpoint of transformers. Fill in before sharing: the training data and
+the licence.
+"""
 
 
 def _normalize(x: Tensor) -> Tensor:

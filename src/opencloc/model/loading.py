@@ -1,16 +1,28 @@
 """Loading what others saved: one rule for every model, configuration, tokenizer and processor that is opened.
 
-Safetensors only, no foreign code, complete and finite weights, and a folder that is not there is named at once.
+Only safetensors are read, no foreign code runs, weights must be complete and finite, and a tokenizer must fit its text
+tower.  What does not is a ValueError that names the folder, the file and the reason.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
+import string
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+
+from opencloc.model import towers
+
+# What older versions of transformers saved although it is computed: no sign of a wrong checkpoint.
+_COMPUTED = re.compile(r"(^|\.)embeddings\.position_ids$")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 
 
 def model_path(path: str | Path) -> str:
@@ -29,33 +41,143 @@ def model_path(path: str | Path) -> str:
 
 def load_config(path: str | Path) -> Any:
     """The configuration of a checkpoint."""
-    return AutoConfig.from_pretrained(model_path(path), trust_remote_code=False)
+    name = model_path(path)
+    with naming(path):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def load_model(kind: Any, path: str | Path, **options: Any) -> Any:
-    """The model of class `kind` (transformers' or ours).
+    """The model of class `kind` (transformers' or ours).  Raises as `load_weights` does."""
+    return load_weights(kind.from_pretrained, path, **options)[0]
 
-    Raises ValueError naming missing, unexpected, misshapen and non-finite weights.
+
+def load_weights(load: Callable[..., Any], path: str | Path, *args: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """(model, what transformers reports of its loading), by `load`, some class's `from_pretrained`.
+
+    Raises ValueError naming missing, unexpected, misshapen and non-finite weights, and for weights in pickles.
     """
-    model, info = kind.from_pretrained(
-        model_path(path), use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
-    )
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(what):
-            raise ValueError(
-                f"{path}: {what.replace('_keys', '')} weights: {', '.join(map(str, sorted(info[what])[:5]))}"
-            )
+    name = model_path(path)
+    if (folder := Path(name)).is_dir() and not any(folder.glob("*.safetensors")):
+        pickles = sorted(file.name for file in folder.glob("*.bin"))
+        also = f"; {pickles[0]} is a pickle, which may run code, and is not opened" if pickles else ""
+        raise ValueError(f"{path}: there is no model.safetensors{also}")
+    options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # they are refused below, by name
+    with naming(path):
+        model, info = load(name, *args, **options)
+    for what, key in (("misshapen", "mismatched_keys"), ("missing", "missing_keys"), ("unexpected", "unexpected_keys")):
+        names = sorted(n if isinstance(n, str) else n[0] for n in info.get(key) or ())
+        if names := [name for name in names if not _COMPUTED.search(name)]:
+            raise ValueError(f"{path}: {len(names)} {what} weights: {_some(names)}")
     bad = [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
     if bad:
-        raise ValueError(f"{path}: weights that are not finite: {', '.join(bad[:5])}")
-    return model
+        raise ValueError(f"{path}: weights that are not finite: {_some(bad)}")
+    return model, info
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a checkpoint."""
-    return AutoTokenizer.from_pretrained(model_path(path), trust_remote_code=False)
+    """The tokenizer of a checkpoint.  Raises ValueError for one that knows no text, and where its files are missing.
+
+    Whether it fits a text tower is for `check_tokenizer`.
+    """
+    name = model_path(path)
+    check_tokenizer_files(path)
+    with naming(path):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    _check_reads(tokenizer, path)
+    return tokenizer
+
+
+def check_tokenizer_files(path: str | Path) -> None:
+    """Raises ValueError for a folder without a tokenizer: transformers would make one that knows no text."""
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ValueError(f"{path}: the tokenizer's files are missing ({', or '.join(_TOKENIZER_FILES)})")
 
 
 def load_processor(path: str | Path, kind: Any = AutoProcessor) -> Any:
-    """The processor of a checkpoint."""
-    return kind.from_pretrained(model_path(path), trust_remote_code=False)
+    """The processor of a checkpoint.  Raises ValueError as `load_tokenizer` does."""
+    name = model_path(path)
+    with naming(path):
+        processor = kind.from_pretrained(name, trust_remote_code=False)
+    if (tokenizer := getattr(processor, "tokenizer", None)) is not None:
+        _check_reads(tokenizer, path)
+    return processor
+
+
+def check_tokenizer(tokenizer: Any, config: Any, where: str | Path) -> None:
+    """Raises ValueError naming `where` unless the tokenizer fits the text tower of a CLIP, SigLIP or SigLIP 2.
+
+    Its size must be that of the vocabulary, but for entries that only round it up.  Where the tower reads the
+    embedding off the end token (CLIP), every text must end with one, cut texts too, and the tower must look for it
+    there.
+    """
+    _check_reads(tokenizer, where)
+    vocab_size, length = config.text_config.vocab_size, towers.max_text_length(config)
+    if not 0 <= vocab_size - len(tokenizer) <= max(64, vocab_size // 10):
+        raise ValueError(
+            f"{where}: the tokenizer has {len(tokenizer)} entries, the text tower a vocabulary of {vocab_size}: "
+            "it is another model's"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"{where}: the tokenizer has no padding token")
+    if towers.pads_to_max_length(config):
+        return
+    for probe in ("a", "a red dog", "dog " * length):
+        with naming(where):
+            ids = tokenizer(probe, truncation=True, max_length=length)["input_ids"]
+        if not ids or ids[-1] != tokenizer.eos_token_id:
+            raise ValueError(f"{where}: the tokenizer puts no end token behind a text, where CLIP reads the embedding")
+        if towers.pooled_position(config, ids) != len(ids) - 1:
+            raise ValueError(
+                f"{where}: the end token has the id {ids[-1]}, but the text tower reads the embedding "
+                + (
+                    "off the highest id of a text: transformers' CLIP takes eos_token_id 2 to say so. Another "
+                    "tokenizer is needed"
+                    if config.text_config.eos_token_id == 2
+                    else f"off the first token of id {config.text_config.eos_token_id} (text_config.eos_token_id)"
+                )
+            )
+
+
+def _check_reads(tokenizer: Any, where: str | Path) -> None:
+    """Raises ValueError for a tokenizer that takes all texts for the same: transformers makes one where files miss."""
+    with naming(where):
+        seen = {tuple(tokenizer(probe)["input_ids"]) for probe in (*string.ascii_lowercase, "dog", "person", "red")}
+    if len(seen) < 2:
+        raise ValueError(f"{where}: the tokenizer gives every text the same tokens: files of it are missing")
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Turns whatever a library raises while it opens a folder into a ValueError that names the folder and the file."""
+    try:
+        yield
+    except ImportError:  # a library that is not installed: the message says which
+        raise
+    except Exception as error:  # each library has its own, tokenizers raises plain Exceptions
+        if isinstance(error, OSError) and not Path(path).is_dir():
+            raise  # of the hub
+        broken = _broken_file(Path(path))
+        reason = broken or " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(reason if reason.startswith(str(path)) else f"{path}: {reason}") from error
+
+
+def _broken_file(folder: Path) -> str | None:
+    """The first file of a checkpoint that is not what its name says, and why."""
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass
+            elif not isinstance(json.loads(file.read_bytes()), dict):
+                return f"{file.name} is not a JSON object"
+        except RecursionError:
+            return f"{file.name} is nested too deep"
+        except Exception as error:  # safetensors has its own
+            return f"{file.name} is broken: {error}"
+    return None
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

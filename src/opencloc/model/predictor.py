@@ -222,7 +222,7 @@ class Predictor:
                 f"needs ({len(names)}, {self.model.embed_dim})"
             )
         regions = self.embed(image, boxes_px=boxes_px)
-        logits = self.model.region_scale * regions @ text_embeddings.to(regions).T
+        logits = self.model.scale("region") * regions @ text_embeddings.to(regions).T
         probabilities = logits.softmax(-1).cpu().numpy()
         best = probabilities.argmax(-1) if names else []
         return [names[int(i)] for i in best], probabilities
@@ -262,7 +262,7 @@ class Predictor:
         windowed, own_regions = regions.split([len(windows), len(own)])
         fit = torch.maximum((texts @ windowed.T).amax(-1), (texts * own_regions).sum(-1))
         level = (self.embed_texts(EVERYDAY.split(", ")) @ windowed.T).amax(-1).quantile(0.9)
-        return torch.sigmoid(self.model.region_scale * (fit - level))
+        return torch.sigmoid(self.model.scale("region") * (fit - level))
 
     @staticmethod
     def draw(

@@ -1,8 +1,8 @@
 """ClocProcessor: images and strings -> the model's tensors, saved beside the model.
 
 Images are letterboxed (paper section 4.1: long side resized, then padded to a square) and normalised; texts are
-lower-cased and tokenised.  The tokenizer is any fast tokenizer of transformers; `train_tokenizer` makes one from the
-texts of a data set where there is no vocabulary at hand.
+brought to their canonical form and tokenised.  The tokenizer is any fast tokenizer of transformers; `train_tokenizer`
+makes one from the texts of a data set where there is no vocabulary at hand.
 
 Symbols: B images, S side of the square in pixels, T text tokens.
 """
@@ -20,18 +20,32 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
 from opencloc.boxes import Letterbox
 from opencloc.images import MEAN_RGB, STD_RGB, letterbox_array
-from opencloc.model import towers
+from opencloc.model import loading, towers
 from opencloc.model.cloc import ClocConfig
 from opencloc.model.packing import PackedTexts, pack
+from opencloc.texts import canonical
 
 # ids 0, 1, 2 in this order: transformers reads eos_token_id == 2 as "the highest id", an old bug kept alive
 PAD, EOS, BOS = "<pad>", "<end>", "<start>"
+# What transformers adds to a tokenizer's settings when it is loaded or called: nothing of the tokenizer itself.
+_SETTINGS_OF_CALLS = (
+    "is_local",
+    "local_files_only",
+    "max_length",
+    "pad_to_multiple_of",
+    "pad_token_type_id",
+    "padding_side",
+    "stride",
+    "truncation_side",
+    "truncation_strategy",
+    "trust_remote_code",
+)
 
 
 class ClocProcessor(ProcessorMixin):
@@ -48,14 +62,29 @@ class ClocProcessor(ProcessorMixin):
         image_std: Sequence[float] = STD_RGB,
         **kwargs: Any,
     ) -> None:
+        for name, value in (("image_size", image_size), ("max_text_length", max_text_length)):
+            if type(value) is not int or not 1 <= value <= 65536:
+                raise ValueError(f"{name} is {value!r}, must be a whole number from 1 to 65536")
+        for name, values, least in (("image_mean", image_mean, 0), ("image_std", image_std, 1e-6)):
+            sound = isinstance(values, Sequence) and len(values) == 3 and all(type(v) in (int, float) for v in values)
+            if not sound or not all(least <= v <= 1 for v in values):
+                raise ValueError(f"{name} is {str(values)[:100]}, must be three numbers from {least} to 1")
+        if type(pad_to_max_length) is not bool:
+            raise ValueError(f"pad_to_max_length is {pad_to_max_length!r}, must be true or false")
         self.image_size, self.max_text_length = image_size, max_text_length
         self.pad_to_max_length = pad_to_max_length
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
         super().__init__(tokenizer, **kwargs)
 
     @classmethod
-    def for_towers(cls, config: Any, tokenizer: Any, **options: Any) -> ClocProcessor:
-        """The processor that fits a towers' configuration (image size, text length, padding rule)."""
+    def for_towers(
+        cls, config: Any, tokenizer: Any, where: str | Path = "the tokenizer", **options: Any
+    ) -> ClocProcessor:
+        """The processor that fits a towers' configuration (image size, text length, padding rule).
+
+        Raises ValueError naming `where` for a tokenizer that does not fit (`loading.check_tokenizer`).
+        """
+        loading.check_tokenizer(tokenizer, config, where)
         return cls(
             tokenizer,
             image_size=towers.image_size(config),
@@ -66,23 +95,69 @@ class ClocProcessor(ProcessorMixin):
 
     @classmethod
     def from_clip(cls, path: str | Path) -> ClocProcessor:
-        """The processor for `ClocModel.from_clip(path)`: its tokenizer, image size, mean and deviation."""
-        config: Any = AutoConfig.from_pretrained(path)
-        towers.check_family(config)
-        options: dict[str, Any] = {}
-        preprocessor = _preprocessor_config(path)
-        if "image_mean" in preprocessor:
-            options = {"image_mean": preprocessor["image_mean"], "image_std": preprocessor["image_std"]}
-        return cls.for_towers(config, AutoTokenizer.from_pretrained(path), **options)
+        """The processor for `ClocModel.from_clip(path)`: its tokenizer, image size, mean and deviation.
 
-    def __call__(self, images: Any = None, text: Any = None, **_: Any) -> dict[str, Tensor]:  # pyright: ignore
-        """`pixel_values` (B, 3, S, S) for images (one or many), `input_ids` (B, T) for texts (one or many)."""
+        Raises ValueError as `loading` does.
+        """
+        config = loading.load_config(path)
+        towers.check_family(config)
+        preprocessor = _preprocessor_config(path)
+        options: dict[str, Any] = {}
+        if not preprocessor.get("do_normalize", True):
+            options = {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
+        elif "image_mean" in preprocessor:
+            options = {"image_mean": preprocessor["image_mean"], "image_std": preprocessor["image_std"]}
+        return cls.for_towers(config, loading.load_tokenizer(path), path, **options)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> ClocProcessor:
+        """The processor of a CLOC checkpoint.
+
+        Raises ValueError naming the folder where files are missing or broken, or do not fit the model beside them.
+        """
+        path = pretrained_model_name_or_path
+        folder = Path(loading.model_path(path))
+        has_model = not folder.is_dir() or (folder / "config.json").is_file()
+        config = loading.load_config(path) if has_model else None
+        if config is not None and config.model_type != "cloc":
+            raise ValueError(f"{path} holds a {config.model_type!r} model: use ClocProcessor.from_clip")
+        if folder.is_dir() and not (folder / "processor_config.json").is_file():
+            raise ValueError(f"{path}: there is no processor_config.json")
+        loading.check_tokenizer_files(path)
+        with loading.naming(path):
+            load: Any = super().from_pretrained
+            processor = load(str(folder), **options | {"trust_remote_code": False})
+        if config is not None:
+            fitting = cls.for_towers(config.clip_config, processor.tokenizer, path)
+            for name in ("image_size", "max_text_length", "pad_to_max_length"):
+                here, there = getattr(processor, name), getattr(fitting, name)
+                if here != there:
+                    raise ValueError(f"{path}: {name} is {here} in processor_config.json, the model's is {there}")
+        return processor
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, images: Any = None, text: Any = None, *, return_tensors: str = "pt", padding: Any = True
+    ) -> BatchFeature:
+        """`pixel_values` (B, 3, S, S) for images (one or a list), `input_ids` (B, T) for texts (one or a list).
+
+        `return_tensors` and `padding` are taken since every processor of transformers takes them: the result is always
+        padded torch tensors.  Raises ValueError for an empty text.
+        """
+        if return_tensors != "pt" or padding is False:
+            raise ValueError("only padded torch tensors are made: return_tensors='pt', padding=True")
         batch: dict[str, Tensor] = {}
         if images is not None:
-            batch["pixel_values"] = self.letterbox([images] if isinstance(images, Image.Image) else images)[0]
+            listed = images if isinstance(images, Sequence) else [images]
+            batch["pixel_values"] = self.letterbox(listed)[0]
         if text is not None:
-            batch["input_ids"] = self.tokenize([text] if isinstance(text, str) else text)
-        return batch
+            batch["input_ids"] = self.tokenize(text)
+        return BatchFeature(batch)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> list[str]:
+        """Writes processor and tokenizer: the same files however often they were saved and loaded."""
+        written = super().save_pretrained(save_directory, **options)
+        save_tokenizer(self.tokenizer, save_directory)
+        return written
 
     def letterbox(self, images: Sequence[Image.Image]) -> tuple[Float[Tensor, "B 3 S S"], list[Letterbox]]:
         """Normalised pixels, and for each image where it lies in the square."""
@@ -98,15 +173,16 @@ class ClocProcessor(ProcessorMixin):
         pixels = squares.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         return pixels.sub_(offset[:, None, None]).mul_(scale[:, None, None])
 
-    def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "B T"]:
-        """Token ids, lower-cased, cut to the towers' length, padded to the longest (SigLIP: to the full length).
+    def tokenize(self, texts: str | Sequence[Any]) -> Int[Tensor, "B T"]:
+        """Token ids of one text or many, cut to the towers' length, padded to the longest (SigLIP: to the full length).
 
-        Raises ValueError for an empty text.
+        Texts are brought to their canonical form first (`opencloc.texts`): NFC, lower case, runs of white space as one
+        space.  Raises ValueError for a text that is empty, no string, or holds half a surrogate pair.
         """
         padding = "max_length" if self.pad_to_max_length else True
         return self._encode(texts, padding=padding, return_tensors="pt")
 
-    def pack(self, texts: Sequence[str] | Int[Tensor, "U T"]) -> Int[Tensor, "U T"] | PackedTexts:
+    def pack(self, texts: str | Sequence[str] | Int[Tensor, "U T"]) -> Int[Tensor, "U T"] | PackedTexts:
         """Texts, or what `tokenize` made of them, for `encode_text` with the least work for the same embeddings.
 
         CLIP: several to a row.  SigLIP sees its padding as it was trained to: as `tokenize`.  For the host: on a GPU it
@@ -120,12 +196,15 @@ class ClocProcessor(ProcessorMixin):
         sequences = [ids[: ids.index(end_id) + 1] for ids in rows]
         return pack(sequences, max_length=self.max_text_length, pad_id=end_id if pad_id is None else pad_id)
 
-    def _encode(self, texts: Sequence[str], **options: Any) -> Any:
-        for i, text in enumerate(texts):
+    def _encode(self, texts: str | Sequence[Any], **options: Any) -> Any:
+        listed = [texts] if isinstance(texts, str) else texts
+        for i, text in enumerate(listed):
+            if not isinstance(text, str):
+                raise ValueError(f"text {i} is {text!r}, not a string")
             if not text.strip():
                 raise ValueError(f"text {i} is empty")
         return self.tokenizer(
-            [text.lower() for text in texts],
+            [canonical(text) for text in listed],
             truncation=True,
             max_length=self.max_text_length,
             padding_side="right",  # as all three families were trained; transformers' Siglip2Tokenizer pads on the left
@@ -133,34 +212,23 @@ class ClocProcessor(ProcessorMixin):
             **options,
         )["input_ids"]
 
-    def export_clip(self, folder: str | Path) -> None:
-        """Tokenizer and image processor for `ClocModel.export_clip(folder)`, as plain transformers files.
 
-        The image processor resizes to the square without keeping the aspect ratio; pad images to a square first
-        (LLaVA: `image_aspect_ratio="pad"`) to see what the encoder was trained on.
-        """
-        self.tokenizer.save_pretrained(folder)
-        tokenizer_config = Path(folder) / "tokenizer_config.json"
-        settings = json.loads(tokenizer_config.read_text())
-        settings.pop("processor_class", None)  # ours; a plain checkpoint must not ask for it
-        tokenizer_config.write_text(json.dumps(settings, indent=2) + "\n")
-        kind = json.loads((Path(folder) / "config.json").read_text())["model_type"]
-        config: dict[str, Any] = {
-            "image_processor_type": {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor"}.get(
-                kind, "Siglip2ImageProcessor"
-            ),
-            "do_resize": True,
-            "size": {"height": self.image_size, "width": self.image_size},
-            "resample": int(Image.Resampling.BICUBIC),
-            "do_center_crop": False,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(self.image_mean),
-            "image_std": list(self.image_std),
-            "do_convert_rgb": True,
-        }
-        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(config, indent=2) + "\n")
+def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
+    """Writes a tokenizer's files: the same ones however often it was saved and loaded, for transformers 4 and 5."""
+    tokenizer.save_pretrained(folder)
+    file = Path(folder) / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    for name in _SETTINGS_OF_CALLS:
+        settings.pop(name, None)
+    settings.pop("processor_class", None)
+    if settings.get("tokenizer_class") == "TokenizersBackend":  # its name in version 5
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    if (saved := Path(folder) / "tokenizer.json").is_file():
+        backend = Tokenizer.from_file(str(saved))
+        backend.no_truncation()  # both are as the last call left them
+        backend.no_padding()
+        backend.save(str(saved))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:

@@ -1,7 +1,7 @@
 """What differs between CLIP, SigLIP and SigLIP 2: how each gives pooled embeddings and tokens.
 
-The towers are transformers' own classes, untouched, so that every checkpoint of theirs loads and every export is theirs
-again.  This file owns the few lines in which the three families differ; nothing else in the project names a family.
+The towers are transformers' own classes, untouched: every checkpoint of theirs loads, and every export is theirs again.
+Only this file and the export name a family.
 
 Symbols: B images, U texts, N patches, T text tokens, D width of the vision tower, E width of the joint embedding,
 S side of the square image in pixels, K patches kept of the N.
@@ -9,7 +9,7 @@ S side of the square image in pixels, K patches kept of the N.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,6 +54,14 @@ def max_text_length(config: Any) -> int:
 def pads_to_max_length(config: Any) -> bool:
     """SigLIP reads the embedding off the last position, padding or not: every text has the full length."""
     return config.model_type != "clip"
+
+
+def pooled_position(config: Any, ids: Sequence[int]) -> int:
+    """Index of the token that CLIP's text tower reads the embedding off, by transformers' rule."""
+    end = config.text_config.eos_token_id
+    # configurations older than transformers 4.31 say 2 and mean the highest id
+    is_end = [i == (max(ids) if end == 2 else end) for i in ids]
+    return is_end.index(True) if any(is_end) else 0
 
 
 def vision_forward(

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,6 +96,10 @@ def run(config: TrainConfig, ranks: Ranks, device: torch.device, resume_from: Pa
         state = load_checkpoint(resume_from, model, optimizer)
         step, skipped = state["step"], Counter(state["skipped"] if ranks.is_first else ())
         check_data(state["data"], examples.fingerprint, resume_from)
+        if state.get("labels") not in (None, examples.labels_fingerprint):
+            warnings.warn(
+                f"{resume_from}: captions or regions have changed since; the run goes on with them", stacklevel=2
+            )
     batches = training_batches(
         examples,
         processor,
@@ -112,6 +117,7 @@ def run(config: TrainConfig, ranks: Ranks, device: torch.device, resume_from: Pa
 
     def save() -> None:
         state = {"step": step, "skipped": dict(all_skipped()), "data": examples.fingerprint}
+        state["labels"] = examples.labels_fingerprint
         keep = config.keep_checkpoints
         save_checkpoint(out / "checkpoints", step, model, processor, optimizer, state, keep=keep, ranks=ranks)
 
@@ -132,6 +138,7 @@ def run(config: TrainConfig, ranks: Ranks, device: torch.device, resume_from: Pa
             loss, output = backward(parallel, batch, config.loss, config.micro_batch_size, bf16=bf16, ranks=ranks)
             grad_norm = clip_gradients(model, config.optim.grad_clip)
             optimizer.step()
+            model.bound_scales()
             optimizer.zero_grad(set_to_none=True)
             step += 1
 

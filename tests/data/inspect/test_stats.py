@@ -21,6 +21,7 @@ from opencloc.cli import main
 from opencloc.data.inspect import stats as stats_module
 from opencloc.data.inspect.report import NUM_BINS, ORIENTED, Stats, markdown, plot
 from opencloc.data.inspect.stats import StatsConfig, compute_stats, reason_of, write_stats
+from opencloc.data.inspect.view import ViewConfig, write_view
 from opencloc.data.sample import Sample
 from opencloc.data.sidecar import SidecarRow, sidecar_path, write_sidecar
 from opencloc.data.sources.coco import OUTSIDE
@@ -266,6 +267,15 @@ def test_nothing_in_a_path_becomes_markup(tmp_path: Path) -> None:
     report = markdown(compute_stats(StatsConfig(data=str(folder))))
     assert "&lt;script&gt;\\`x\\` \\| &lt;b" in report
     assert "<" not in report
+
+
+def test_a_path_that_is_not_utf_8_is_reported_on(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"tars\xff")
+    write_tars(folder, [1])
+    write_stats(StatsConfig(data=str(folder), out=str(tmp_path / "out")))
+    assert json.loads((tmp_path / "out/stats.json").read_text())["data"] == str(folder)
+    write_view(ViewConfig(data=str(folder), out=str(tmp_path / "view.html")))
+    assert "tars\\udcff" in (tmp_path / "view.html").read_text()
 
 
 def test_only_regular_files_are_replaced(tmp_path: Path) -> None:

@@ -89,6 +89,16 @@ def test_boxes_lie_where_they_belong_the_largest_first(tmp_path: Path) -> None:
     assert page.text_of("i") == ["1.00", "0.25", "0.50"]
 
 
+def test_a_text_has_one_color_on_the_whole_sheet(tmp_path: Path) -> None:
+    boxes = np.asarray([[0, 0, 1, 1], [0, 0, 0.5, 0.5]], dtype=np.float32)
+    texts = [("cup", "dog"), ("dog", "cat"), ("dog", "cup")]
+    samples = (Sample(key=f"{i}", image=Image.new("RGB", (8, 8)), boxes=boxes, texts=t) for i, t in enumerate(texts))
+    write_tar(tmp_path, *samples)
+    page = sheet(tmp_path)
+    colors = {(text, item["class"]) for text, item in zip(page.text_of("li"), page.all("li"), strict=True)}
+    assert colors == {("dog", "c0"), ("cup", "c1"), ("cat", "c2")}
+
+
 def test_the_image_is_shown_as_it_is_and_small(tmp_path: Path) -> None:
     image = Image.new("RGB", (400, 100), "red")
     image.paste((0, 0, 255), (200, 0, 400, 100))
@@ -104,9 +114,11 @@ def test_the_image_is_shown_as_it_is_and_small(tmp_path: Path) -> None:
 def test_nothing_from_the_data_becomes_markup(tmp_path: Path) -> None:
     box = np.asarray([[0, 0, 1, 1]], dtype=np.float32)
     sample = Sample(key="k", image=Image.new("RGB", (8, 8)), captions=(EVIL,), alt_text=EVIL, boxes=box, texts=(EVIL,))
-    write_tar(tmp_path, sample)
-    page = sheet(tmp_path)
+    folder = tmp_path / "<script>1 & 2"
+    write_tar(folder, sample)
+    page = sheet(folder)
     assert len(page.all("script")) == 1  # the sheet's own
+    assert page.text_of("title") == page.text_of("h1") == [str(folder)]
     assert page.text_of("li") == [EVIL]
     assert page.text_of("p").count(EVIL) == 2  # caption and alt-text
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)

@@ -110,6 +110,10 @@ def test_image_px_makes_generated_images_and_limits_decoded_ones(places: Path) -
         ("mosaic:{}/tars?grid=9", ValueError, r"mosaic:.*grid=9: option grid is '9': String should match"),
         ("{}/tars?sidecar=", ValueError, r"option sidecar is empty"),
         ("mosaic:{}/tars?seed=1&seed=2", ValueError, r"'seed=2' is not an option key=value that comes once"),
+        ("mosaic:{}/tars?seed=-1", ValueError, r"option seed is '-1': Input should be greater than or equal to 0"),
+        ("crops:scenes:rich?seed=-1", ValueError, r"option seed is '-1': Input should be greater than or equal to 0"),
+        ("folder:{}/photos?image_px=-5", ValueError, r"option image_px is '-5': Input should be greater than"),
+        ("{}/coco?split=test&image_px=0", ValueError, r"option image_px is '0': Input should be greater than"),
         ("mosaic:scenes:rich", ValueError, r"mosaics are made of photos"),
         ("scenes:poor", ValueError, r"scenes:poor: option mode is 'poor': Input should be 'easy' or 'rich'"),
         (

@@ -1,20 +1,21 @@
 """Self-contained shards from images and the labels beside them (`opencloc data pack`).
 
-Owns the pass over a data set; the tar format is `shards.py`'s, the record inside `record.py`'s.  Image files go into
-the tars byte by byte, nothing is encoded again, except formats that tars don't hold (GIF, BMP, AVIF).
+Image files go into the tars byte by byte; only formats that tars don't hold (GIF, BMP, AVIF) are encoded again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 
 from opencloc.data.sample import Sample
 from opencloc.data.sources.coco import Coco
 from opencloc.data.sources.folder import ImageFolder
-from opencloc.data.sources.labelled import left_out, open_labelled
+from opencloc.data.sources.labelled import labels_of, left_out, open_labelled
 from opencloc.data.tars.shards import Shards, ShardWriter
 from opencloc.errors import BadSample
+from opencloc.progress import track
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class PackConfig:
     data: str
     """The images: a folder, tars, or any `KIND:LOCATION?key=value` of files."""
     out: str
-    """Folder for the tars, on this machine; must hold none yet."""
+    """Folder for the tars, on this machine; holds none yet, or those of the same command when it was killed."""
     sidecar: str | None = None
     """Name of the labels; None: the only ones that lie beside the images, else the images' own regions."""
     samples_per_shard: int = 1000
@@ -44,23 +45,34 @@ class PackReport:
     renamed: int  # samples whose key another one of the same tar had, or a tar can't hold: now `sample-NUMBER`
     left_out: dict[str, int]  # by reason
 
+    def __str__(self) -> str:
+        left_out = "".join(f"; {reason}: {count:,}" for reason, count in self.left_out.items())
+        renamed = f", {self.renamed:,} of them renamed" if self.renamed else ""
+        return f"{self.samples:,} samples in {len(self.paths):,} tars{renamed}" + (
+            f"\nskipped: {left_out[2:]}" if left_out else ""
+        )
 
-def pack(config: PackConfig, progress: Callable[[int], None] | None = None) -> PackReport:
+
+def pack(config: PackConfig) -> PackReport:
     """Writes the tars and says what is in them.
 
-    A sample that cannot be used (broken image, unsound box, no labels in the sidecar) is left out and counted.  Each
-    tar appears when it is complete; an interrupted run leaves those finished so far.  `progress` is called with 1 for
-    every sample read.
+    A sample that cannot be used (broken image, unsound box, no labels in the sidecar) is left out and counted.  Run
+    again after a kill, the same command goes on after the last whole tar.
 
     Raises as `open_labelled`, `ValueError` if the data are not files, and `FileExistsError` if the folder holds tars.
     """
     source = open_labelled(config.data, config.sidecar)
     if not isinstance(source, Shards | Coco | ImageFolder):
         raise ValueError(f"{config.data}: only tars, image folders and COCO folders can be packed")
-    reasons = left_out(source)
-    samples = renamed = 0
-    with ShardWriter(config.out, samples_per_shard=config.samples_per_shard) as writer:
-        for index in range(source.size):
+    opened, reasons = left_out(source), Counter[str]()
+    samples = renamed = start = 0
+    job = asdict(config) | {"labels": labels_of(source), "size": source.size}
+    with ShardWriter(config.out, samples_per_shard=config.samples_per_shard, job=job) as writer:
+        if writer.progress:
+            start, samples, renamed = (writer.progress[name] for name in ("next", "samples", "renamed"))
+            reasons.update(writer.progress["left_out"])
+            print(f"{config.out}: going on at image {start:,} of {source.size:,}", file=sys.stderr)
+        for index in track(range(start, source.size), "packing"):
             try:
                 sample, image_bytes = source[index], source.image_bytes(index)
             except BadSample as bad:
@@ -68,9 +80,10 @@ def pack(config: PackConfig, progress: Callable[[int], None] | None = None) -> P
             else:
                 renamed += _write(writer, sample, image_bytes, index)
                 samples += 1
-            if progress is not None:
-                progress(1)
-    return PackReport(paths=tuple(writer.paths), samples=samples, renamed=renamed, left_out=dict(reasons.most_common()))
+            counts = {"samples": samples, "renamed": renamed, "left_out": dict(reasons)}
+            writer.progress = {"next": index + 1, **counts}
+    skipped = dict((opened + reasons).most_common())
+    return PackReport(paths=tuple(writer.paths), samples=samples, renamed=renamed, left_out=skipped)
 
 
 def _write(writer: ShardWriter, sample: Sample, image_bytes: bytes, index: int) -> bool:

@@ -68,7 +68,7 @@ def write_stats(config: StatsConfig) -> Stats:
         stats = _compute(source, config)
         png.write_bytes(plot(stats))
         json_file.write_bytes(_json(stats))
-        md.write_text(markdown(stats), encoding="utf-8")
+        md.write_text(markdown(stats), encoding="utf-8", errors="backslashreplace")  # paths may be any bytes
     return stats
 
 
@@ -240,4 +240,4 @@ def _json(stats: Stats) -> bytes:
     """The figures as JSON; means of nothing are null."""
     values = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(stats).items()}
     values = {name: None if value != value else value for name, value in values.items()}
-    return json.dumps(values, indent=2, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(values, indent=2, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"

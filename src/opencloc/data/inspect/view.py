@@ -21,8 +21,7 @@ from pydantic.dataclasses import dataclass as checked
 
 from opencloc import files
 from opencloc.boxes import area
-from opencloc.data.record import encode_image
-from opencloc.data.sample import Sample, Source
+from opencloc.data.sample import Sample, Source, encode_image
 from opencloc.data.sources.labelled import labels_of, open_labelled
 from opencloc.errors import BadSample
 from opencloc.progress import track
@@ -46,7 +45,7 @@ class ViewConfig:
     """Which: a random choice, or those from number `start` on."""
     start: Annotated[int, Field(ge=0)] = 0
     """Number of the first image, for `first`; at least 0."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Of the random choice."""
     image_px: Annotated[int, Field(ge=16)] = 480
     """Longest side of the images in the sheet; at least 16."""
@@ -69,15 +68,20 @@ def write_view(config: ViewConfig) -> Sheet:
     source = open_labelled(config.data, config.sidecar)
     with files.new_file(Path(config.out)) as partial:
         cards = [_card(source, index, config.image_px) for index in track(_choice(source, config), "reading images")]
+        regions = [region for card in cards for region in card["regions"]]
+        frequent = Counter(region["text"] for region in regions).most_common()
+        color = {text: number % NUM_COLORS for number, (text, _) in enumerate(frequent)}
+        for region in regions:  # equal texts have equal colors, the most frequent ones colors of their own
+            region["color"] = color[region["text"]]
         sheet = Sheet(
             images=len(cards),
-            regions=sum(len(card["regions"]) for card in cards),
+            regions=len(regions),
             skipped=Counter(card["error"] for card in cards if "error" in card),
         )
         html = _template().render(
             data=config.data, labels=labels_of(source), cards=cards, size=source.size, sheet=sheet, config=config
         )
-        partial.write_text(html, encoding="utf-8")
+        partial.write_text(html, encoding="utf-8", errors="backslashreplace")  # paths may be any bytes
     return sheet
 
 
@@ -114,15 +118,14 @@ def _card(source: Source, index: int, image_px: int) -> dict[str, Any]:
 
 
 def _regions(sample: Sample) -> list[dict[str, Any]]:
-    """The regions, largest first so that small boxes lie on top; equal texts have equal colors."""
-    color = {text: number % NUM_COLORS for number, text in enumerate(dict.fromkeys(sample.texts))}
+    """The regions, largest first so that small boxes lie on top."""
     regions = []
     for row in np.argsort(-area(sample.boxes), kind="stable").tolist():
         x0, y0, x1, y1 = (100 * sample.boxes[row].astype(float)).clip(0, 100).round(3).tolist()  # per cent
         text = sample.texts[row]
         score = None if sample.scores is None else float(sample.scores[row])
         place = {"left": x0, "top": y0, "width": round(x1 - x0, 3), "height": round(y1 - y0, 3)}
-        regions.append({"text": text, "score": score, "color": color[text], **place})
+        regions.append({"text": text, "score": score, **place})
     return regions
 
 

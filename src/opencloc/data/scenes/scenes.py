@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import colorsys
 import hashlib
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import asdict, dataclass, replace
 from random import Random
 from typing import Annotated, Literal
 
@@ -26,7 +27,8 @@ from pydantic.dataclasses import dataclass as checked
 from opencloc.data.sample import Sample
 from opencloc.data.scenes import sentences, sprites
 from opencloc.data.scenes.things import CHARACTERS, UNCOUNTED
-from opencloc.data.tars.shards import ShardWriter
+from opencloc.data.tars.writer import ShardWriter
+from opencloc.progress import track
 
 Attribute = Literal["colour", "size", "position"]
 _Rectangle = tuple[float, float, float, float]  # XYXY as shares of the image side
@@ -333,14 +335,18 @@ def _background(config: SceneConfig, rng: Random) -> Image.Image:
 def write_scenes(config: SceneConfig, num_images: int, out_dir: str, images_per_shard: int = 1000) -> list[str]:
     """Paths of the WebDataset tars 00000.tar, 00001.tar, ... with scenes 0 to `num_images` - 1 as lossless PNG.
 
-    The same arguments give the same bytes; a tar appears under its name only when it is whole.
+    The same arguments give the same bytes.  After a kill, the same call goes on after the last whole tar.
 
-    Raises ValueError if a number is below 1, FileExistsError if the folder already holds tars.
+    Raises ValueError if a number is below 1, FileExistsError if the folder already holds other tars.
     """
     if num_images < 1:
         raise ValueError(f"num_images is {num_images}; at least 1")
     scenes = Scenes(config)
-    with ShardWriter(out_dir, samples_per_shard=images_per_shard, image_format="png") as writer:
-        for index in range(num_images):
+    job = {"scenes": asdict(config), "num_images": num_images, "images_per_shard": images_per_shard}
+    with ShardWriter(out_dir, samples_per_shard=images_per_shard, image_format="png", job=job) as writer:
+        if start := writer.progress.get("next", 0):
+            print(f"{out_dir}: going on at image {start:,} of {num_images:,}", file=sys.stderr)
+        for index in track(range(start, num_images), "drawing scenes"):
             writer.write(scenes[index])
+            writer.progress = {"next": index + 1}
     return writer.paths

@@ -19,17 +19,17 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
+from pydantic import Field
 from pydantic.dataclasses import dataclass as checked
 
 from opencloc import files
 from opencloc.boxes import xywh_px_to_xyxy
-from opencloc.data.record import Record
 from opencloc.data.sample import Sample
-from opencloc.data.sidecar import SidecarRow, read_labels, with_labels
+from opencloc.data.sidecar import SidecarRow, label_sizes, read_labels, with_labels
 from opencloc.errors import BadSample
 from opencloc.images import decode_image
 from opencloc.texts import class_name
@@ -52,7 +52,9 @@ class CocoConfig:
     instances: str | None = None  # file; None: the split's
     captions: str | None = None  # file; None: the split's, if it exists
     sidecar: str | None = None  # name of the labels beside the instances file, or FOLDER/name; they replace its boxes
-    image_px: int | None = None  # decode JPEGs no larger than needed for this long side; None: in full
+    image_px: Annotated[int, Field(ge=1)] | None = (
+        None  # decode JPEGs no larger than needed for this long side; None: in full
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +134,11 @@ class Coco:
         except OSError as error:
             raise BadSample("unreadable image file", path, str(error)) from error
 
+    def label_sizes(self) -> dict[str, int | None]:
+        """Sizes of the files that regions come from."""
+        path = self.instances_path
+        return {"instances": files.version(path).size} | label_sizes(path, self.config.sidecar)
+
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.size:
             raise IndexError(f"{index} is not in 0 ... {self.size - 1} of {self!r}")
@@ -140,12 +147,12 @@ class Coco:
         regions = slice(file.spans[index], file.spans[index + 1])
         texts = tuple(file.classes[label] for label in file.labels[regions])
         captions = self._captions.get(file.ids[index], ())
-        record = Record(captions=captions, boxes=file.boxes[regions].copy(), texts=texts)
+        record: dict[str, Any] = {"captions": captions, "boxes": file.boxes[regions].copy(), "texts": texts}
         if self._labels is not None:
             record = with_labels(record, self._labels.get(key), where)
         expected_px = self.annotated_px(index)
         image = decode_image(self.image_bytes(index), where, self.config.image_px, expected_px=expected_px)
-        return record.sample(key, image, where)
+        return Sample(key=key, image=image, where=where, **record)
 
 
 def is_coco_folder(folder: str) -> bool:
@@ -155,7 +162,7 @@ def is_coco_folder(folder: str) -> bool:
 
 def _roboflow_splits(folder: str) -> list[str]:
     """The splits of Roboflow's layout in a folder; the empty text stands for the folder itself."""
-    return [one for one in ("", *_ROBOFLOW_SPLITS) if files.exists(f"{folder}/{one}/{_ROBOFLOW}".replace("//_", "/_"))]
+    return [one for one in ("", *_ROBOFLOW_SPLITS) if files.exists(os.path.join(folder, one, _ROBOFLOW))]
 
 
 def _splits(location: str) -> list[str]:
@@ -241,7 +248,9 @@ def read_coco(path: str) -> CocoFile:
     sizes_px = np.asarray([one[2:] for one in images], dtype=np.int64).reshape(-1, 2)
     of_px = np.concatenate([sizes_px, [[1, 1]]])[rows]  # (A, 2); a row of -1 is that of an image left out
     boxes_px = _boxes_px(annotations)
-    boxes = xywh_px_to_xyxy(boxes_px, of_px[:, 0], of_px[:, 1])
+    with np.errstate(over="ignore", invalid="ignore"):  # of numbers that make a bad box
+        boxes = xywh_px_to_xyxy(boxes_px, of_px[:, 0], of_px[:, 1])
+        beyond = np.maximum(-boxes_px[:, :2], boxes_px[:, :2] + boxes_px[:, 2:] - of_px)
     kept = np.ones(len(annotations), dtype=bool)
     for reason, wrong in (
         ("annotation of an image left out", rows < 0),
@@ -254,7 +263,6 @@ def read_coco(path: str) -> CocoFile:
         kept &= ~wrong
     if skipped[BAD_BOX] and not kept.any():
         raise ValueError(f"{path}: no annotation has a usable bbox of 4 numbers, the first is {annotations[0]}")
-    beyond = np.maximum(-boxes_px[:, :2], boxes_px[:, :2] + boxes_px[:, 2:] - of_px)
     noticed[OUTSIDE] += int((kept & (beyond > np.maximum(_OUTSIDE_PX, _OUTSIDE_SHARE * of_px)).any(axis=1)).sum())
     kept = np.flatnonzero(kept)
     kept = kept[np.argsort(rows[kept], kind="stable")]

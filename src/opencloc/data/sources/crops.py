@@ -6,7 +6,10 @@ what the Prompter adds to the same labels.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import numpy as np
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from opencloc.data.sample import Sample, Source
@@ -18,7 +21,7 @@ from opencloc.images import crop
 class CropsConfig:
     """Which crops."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 class Crops:

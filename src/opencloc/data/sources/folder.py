@@ -6,13 +6,14 @@ What stands in those is the same as in shards.  Boxes refer to the pixels as sto
 from __future__ import annotations
 
 from collections import Counter
+from typing import Annotated
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from opencloc import files
-from opencloc.data.record import IMAGE_EXTENSIONS, parse_record
-from opencloc.data.sample import Sample
-from opencloc.data.sidecar import SidecarRow, is_label_file, read_labels, with_labels
+from opencloc.data.sample import IMAGE_EXTENSIONS, Sample, parse_record
+from opencloc.data.sidecar import SidecarRow, is_label_file, label_sizes, read_labels, with_labels
 from opencloc.errors import BadSample
 from opencloc.images import decode_image
 
@@ -22,7 +23,8 @@ class FolderConfig:
     """How an image folder is read."""
 
     sidecar: str | None = None  # name of the labels in the folder, or FOLDER/name; they replace the json's regions
-    image_px: int | None = None  # decode JPEGs no larger than needed for this long side; None: in full
+    # decode JPEGs no larger than needed for this long side; None: in full
+    image_px: Annotated[int, Field(ge=1)] | None = None
 
 
 class ImageFolder:
@@ -82,6 +84,11 @@ class ImageFolder:
         """The image of a sample as it is stored."""
         return self._read(self._names[index])
 
+    def label_sizes(self) -> dict[str, int | None]:
+        """Sizes of the files that captions and regions come from."""
+        sizes = files.sizes(self.location)
+        return {note: sizes.get(note) for note in self._notes} | label_sizes(self.location, self.config.sidecar)
+
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.size:
             raise IndexError(f"{index} is not in 0 ... {self.size - 1} of {self!r}")
@@ -92,7 +99,7 @@ class ImageFolder:
         if self._labels is not None:
             record = with_labels(record, self._labels.get(key), where)
         image = decode_image(self.image_bytes(index), where, self.config.image_px)
-        return record.sample(key, image, where)
+        return Sample(key=key, image=image, where=where, **record)
 
     def _where(self, name: str) -> str:
         return f"{self.location.rstrip('/')}/{name}"

@@ -44,7 +44,7 @@ class MosaicConfig:
 
     grid: Annotated[str, Field(pattern="^[1-8](-[1-8])?$")] = "2-3"  # tiles per side: "2", or a range such as "2-3"
     image_px: Annotated[int, Field(le=4096)] = 96  # side of the square mosaic, at least 16 for each tile
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     split: Literal["train", "test", "all"] = "all"  # by a hash of the photo's name: the same whatever the seed
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of the photos
     augment: bool = False  # random crops and horizontal flips of each tile instead of centre crops

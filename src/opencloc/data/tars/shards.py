@@ -1,29 +1,26 @@
 """The samples of many tars by number, wherever the tars lie and however many they are.
 
-Owns numbering and reading.  The format of a tar is `tar.py`'s, writing `shard_writer.py`'s, what a pattern means
-`urls.py`'s, how many samples a tar holds `counts.py`'s, local copies of remote tars `cache.py`'s, labels beside the
-tars `sidecar.py`'s; the names that users of tars need can all be imported from here.
+The names that users of tars need can all be imported from here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import time
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from cachetools import LRUCache, TTLCache
 
 from opencloc import files
-from opencloc.data.record import parse_record
-from opencloc.data.sample import Sample
+from opencloc.data.sample import Sample, parse_record
 from opencloc.data.sidecar import Sidecar, SidecarRow, sidecar_path, with_labels
-from opencloc.data.tars.cache import Prefetcher, load_index, local_tar
-from opencloc.data.tars.index import count_samples
-from opencloc.data.tars.tar import ShardIndex, index_shard, iter_shard
+from opencloc.data.tars.cache import Prefetcher, local_tar
+from opencloc.data.tars.index import count_samples, load_index
+from opencloc.data.tars.tar import NOT_ADJACENT, ShardIndex, index_shard, iter_shard
 from opencloc.data.tars.urls import expand_urls
 from opencloc.data.tars.writer import ShardWriter
 from opencloc.errors import BadSample
@@ -95,9 +92,11 @@ class Shards:
 
     def _forget(self) -> None:
         """Starts with nothing read: what a process has read is its own."""
-        self._indices: OrderedDict[int, ShardIndex] = OrderedDict()  # by tar, the last used at the end
-        self._sidecars: OrderedDict[int, Mapping[str, SidecarRow]] = OrderedDict()
-        self._failures: OrderedDict[str, tuple[float, str, str]] = OrderedDict()  # by file: when, reason, detail
+        self._indices = LRUCache[int, tuple[ShardIndex, files.Version]](  # by tar
+            _INDEX_SAMPLES, getsizeof=lambda found: min(len(found[0].keys), _INDEX_SAMPLES)
+        )
+        self._sidecars = LRUCache[int, Mapping[str, SidecarRow]](_SIDECARS_KEPT)  # by tar
+        self._failures = TTLCache[str, tuple[str, str]](_FAILURES_KEPT, _TRY_AGAIN_S)  # by file: reason, detail
         self._prefetcher: Prefetcher | None = None
 
     def __getstate__(self) -> dict:
@@ -119,25 +118,34 @@ class Shards:
     def identity(self, index: int) -> str:
         """Name of a sample that stays the same wherever the tars lie: tar name and key."""
         shard, row = self._locate(index)
-        return f"{os.path.basename(self.urls[shard])}/{self._index(shard, row).keys[row]}"
+        return f"{os.path.basename(self.urls[shard])}/{self._index(shard, row)[0].keys[row]}"
 
     def image_bytes(self, index: int) -> bytes:
         """The image of a sample as it is stored."""
         shard, row = self._locate(index)
-        return self._read(self._index(shard, row), row)[0]
+        return self._read(*self._index(shard, row), row)[0]
 
     def __getitem__(self, index: int) -> Sample:
         shard, row = self._locate(index)
-        found = self._index(shard, row)
+        found, version = self._index(shard, row)
         key = found.keys[row]
         where = f"{found.url}/{key}"
         labels = self._labels(shard) if self.config.sidecar is not None else None
-        image, json_bytes, text = self._read(found, row)
+        image, json_bytes, text = self._read(found, version, row)
+        if json_bytes is None and text is None and labels is None and found.problems[NOT_ADJACENT]:
+            raise BadSample(NOT_ADJACENT, where, "no .json or .txt follows the image, others stand alone in this tar")
         record = parse_record(where, json_bytes, text)
         if labels is not None:
             record = with_labels(record, labels.get(key), where)
         decoded = decode_image(image, where, self.config.image_px)
-        return record.sample(key, decoded, where)
+        return Sample(key=key, image=decoded, where=where, **record)
+
+    def label_sizes(self) -> dict[str, int | None]:
+        """Size of every tar, and of its sidecar if that is read: another one says that the labels are others."""
+        wanted = [*self.urls, *(sidecar_path(url, name) for url in self.urls if (name := self.config.sidecar))]
+        listed = {folder: files.versions(folder) or {} for folder in {os.path.dirname(url) for url in wanted}}
+        found = {url: listed[os.path.dirname(url)].get(os.path.basename(url)) for url in wanted}
+        return {os.path.basename(url): version and version.size for url, version in found.items()}
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Will have local copies of these tars soon, if they are remote; returns at once."""
@@ -154,39 +162,32 @@ class Shards:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         return shard, index - (int(self._ends[shard - 1]) if shard else 0)
 
-    def _index(self, shard: int, row: int) -> ShardIndex:
-        """The index of a shard, which has that row."""
-        index = self._indices.get(shard)
-        if index is None:
+    def _index(self, shard: int, row: int) -> tuple[ShardIndex, files.Version]:
+        """The index of a shard, which has that row, and the version of the tar that it is of."""
+        if (found := self._indices.get(shard)) is None:
             url = self.urls[shard]
             with self._remembering(url, "missing shard", "unreadable shard"):
-                index = self._indices[shard] = load_index(url, local_tar(url, self.config.cache_gb))
-            if len(index.keys) > self.counts[shard]:
-                warnings.warn(
-                    f"{url}: {len(index.keys)} samples, of which {self.counts[shard]} are known and read", stacklevel=2
-                )
-            while len(self._indices) > 1 and sum(len(one.keys) for one in self._indices.values()) > _INDEX_SAMPLES:
-                self._indices.popitem(last=False)
-        else:
-            self._indices.move_to_end(shard)
+                found = self._indices[shard] = load_index(url, self.config.cache_gb)
+            if (there := len(found[0].keys)) > self.counts[shard]:
+                warnings.warn(f"{url}: {there} samples, of which {self.counts[shard]} are known and read", stacklevel=2)
+        index = found[0]
         if row >= len(index.keys):
             broken = [reason for reason in ("truncated tar", "not a tar") if index.problems[reason]]
             detail = f"{len(index.keys)} samples instead of {self.counts[shard]}"
             raise BadSample((*broken, "shard is shorter than its index says")[0], index.url, detail)
-        return index
+        return found
 
-    def _read(self, index: ShardIndex, row: int) -> tuple[bytes, bytes | None, bytes | None]:
+    def _read(self, index: ShardIndex, version: files.Version, row: int) -> tuple[bytes, bytes | None, bytes | None]:
         """Bytes of image, json and txt, by one read over the members of the sample."""
         spans = index.spans[row].tolist()
         start = min(offset for offset, size in spans if size >= 0)
         end = max(offset + size for offset, size in spans if size >= 0)
         where = f"{index.url}/{index.keys[row]}"
         try:
-            data = files.read_bytes(local_tar(index.url, self.config.cache_gb), start, end - start)
-        except FileNotFoundError as error:
-            raise BadSample("missing shard", where, str(error)) from error
+            data = files.read_bytes(local_tar(index.url, version, self.config.cache_gb), start, end - start)
         except OSError as error:
-            raise BadSample("unreadable shard", where, str(error)) from error
+            reason = "missing shard" if isinstance(error, FileNotFoundError) else "unreadable shard"
+            raise BadSample(reason, where, str(error)) from error
         if len(data) < end - start:
             raise BadSample("unreadable shard", where, "the tar became shorter since it was indexed")
         image, json_bytes, text = (
@@ -197,29 +198,21 @@ class Shards:
 
     def _labels(self, shard: int) -> Mapping[str, SidecarRow]:
         assert self.config.sidecar is not None
-        labels = self._sidecars.get(shard)
-        if labels is None:
+        if (labels := self._sidecars.get(shard)) is None:
             path = sidecar_path(self.urls[shard], self.config.sidecar)
             with self._remembering(path, "missing sidecar", "unreadable sidecar"):
                 labels = self._sidecars[shard] = Sidecar(path)
-            while len(self._sidecars) > _SIDECARS_KEPT:
-                self._sidecars.popitem(last=False)
-        else:
-            self._sidecars.move_to_end(shard)
         return labels
 
     @contextlib.contextmanager
     def _remembering(self, url: str, missing: str, unreadable: str) -> Iterator[None]:
         """Turns errors of a whole file into `BadSample`, and for some minutes raises the same without another try."""
         if url in self._failures:
-            since, reason, detail = self._failures[url]
-            if time.monotonic() - since < _TRY_AGAIN_S:
-                raise BadSample(reason, url, detail)
+            reason, detail = self._failures[url]
+            raise BadSample(reason, url, detail)
         try:
             yield
         except (OSError, ValueError) as error:
             reason = missing if isinstance(error, FileNotFoundError) else unreadable
-            self._failures[url] = (time.monotonic(), reason, str(error))
-            while len(self._failures) > _FAILURES_KEPT:
-                self._failures.popitem(last=False)
+            self._failures[url] = (reason, str(error))
             raise BadSample(reason, url, str(error)) from error

@@ -1,10 +1,8 @@
-"""One tar of samples, as bytes: which members make a sample, streaming them, indexing where they lie.
+"""One tar of samples, as bytes: streaming its samples, and indexing where they lie.
 
-Owns the tar format: `KEY.jpg|jpeg|png|webp` + `KEY.json` and/or `KEY.txt`, as img2dataset writes them.  What stands in
-the members is `record.py`'s; many tars by number are `shards.py`'s.
-
-As in the `webdataset` library a key is the member's folder and name up to the first dot, consecutive members of one key
-make a sample, and members that begin with a dot or have none are ignored.  Only plain (uncompressed) tars are read.
+The format is `KEY.jpg|jpeg|png|webp` + `KEY.json` and/or `KEY.txt`, as img2dataset writes it.  As in the `webdataset`
+library a key is the member's folder and name up to the first dot, consecutive members of one key make a sample, and
+members that begin with a dot or have none are ignored.  Only plain (uncompressed) tars are read.
 
 A tar without its end marker is truncated: its last sample may lack members, so it is dropped and reported.
 """
@@ -22,26 +20,28 @@ from dataclasses import dataclass
 import numpy as np
 
 from opencloc import files
-from opencloc.data.record import IMAGE_EXTENSIONS, parse_record
-from opencloc.data.sample import Sample
+from opencloc.data.sample import IMAGE_EXTENSIONS, Sample, parse_record
 from opencloc.errors import BadSample
 from opencloc.images import decode_image
 
 KEY = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$")  # webdataset's base_plus_ext
+DUPLICATE_KEY, NOT_ADJACENT = "duplicate key", "members of a sample are not adjacent"
 # What tarfile raises for damaged headers, whose sizes can be negative or larger than any memory.
 _TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, MemoryError)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Member:
+class Member:
+    """A file in a tar."""
+
     key: str
     extension: str  # lower case
     offset: int  # of the data, in bytes
     size: int
 
 
-def _members(stream: io.BufferedIOBase, url: str) -> Iterator[_Member]:
-    """The members of a tar that belong to samples, from its headers alone.
+def read_members(stream: io.BufferedIOBase, url: str) -> Iterator[Member]:
+    """The members of a tar that belong to samples, from its headers alone; `stream` can seek.
 
     A member comes out before it is known whether the tar goes on to its end; the next one, or the end of the iteration,
     says so.  Raises `BadSample` ("not a tar", "truncated tar").
@@ -58,7 +58,7 @@ def _members(stream: io.BufferedIOBase, url: str) -> Iterator[_Member]:
             room = length - info.offset_data
             if match and info.isreg() and not info.issparse():
                 size = max(0, min(info.size, room))
-                yield _Member(key=match[1], extension=match[2].lower(), offset=info.offset_data, size=size)
+                yield Member(key=match[1], extension=match[2].lower(), offset=info.offset_data, size=size)
             if not 0 <= info.size <= room:
                 raise tarfile.ReadError(f"{info.name} claims {info.size} bytes, {room} are there")
     except _TAR_ERRORS as error:
@@ -73,7 +73,7 @@ class _Group:
     """Consecutive members of one key by extension (the first of each), and their bytes where they were asked for."""
 
     key: str
-    members: dict[str, _Member]
+    members: dict[str, Member]
     data: dict[str, bytes]
 
     @property
@@ -83,22 +83,30 @@ class _Group:
 
 def _groups(stream: io.BufferedIOBase, url: str, *, load: bool) -> Iterator[_Group | BadSample]:
     """The samples of a tar in order, reading strictly forward; a `BadSample` for what is no sample."""
-    seen: set[str] = set()
+    seen: dict[str, bool] = {}  # by key: whether it had an image
     try:
-        for key, members in itertools.groupby(_members(stream, url), key=lambda member: member.key):
+        for key, members in itertools.groupby(read_members(stream, url), key=lambda member: member.key):
             group = _Group(key=key, members={}, data={})
+            again = Counter[str]()
             for member in members:  # raises where the tar breaks off, so a last group is dropped
                 if member.extension in group.members:
+                    again[member.extension] += 1
                     continue
                 group.members[member.extension] = member
                 if load and member.extension in (*IMAGE_EXTENSIONS, "json", "txt"):
                     stream.seek(member.offset)
                     group.data[member.extension] = stream.read(member.size)
-            if key in seen:
-                yield BadSample("duplicate key", url, f"{key} came earlier in this tar")
-            else:
-                seen.add(key)
+            has_image = group.image_extension is not None
+            if key not in seen:
                 yield group
+            elif has_image and seen[key]:
+                yield BadSample(DUPLICATE_KEY, url, f"{key} came earlier in this tar")
+            else:
+                detail = f"{', '.join(group.members)} of {key}: write the files of each sample one after the other"
+                yield BadSample(NOT_ADJACENT, url, detail)
+            for _ in range(max(again.values(), default=0)):
+                yield BadSample(DUPLICATE_KEY, url, f"{key} has members of one name")
+            seen[key] = seen.get(key, False) or has_image
     except BadSample as broken:
         yield broken
 
@@ -107,8 +115,9 @@ def iter_shard(url: str, max_px: int | None = None) -> Iterator[Sample | BadSamp
     """The samples of one tar in order, each read once, strictly forward; nothing is raised for what is broken.
 
     A sample that cannot be used comes as a `BadSample` whose `where` is its key.  One whose `where` is `url` belongs to
-    no key: "duplicate key" (the first holder of the key came as a sample), "truncated tar" and "not a tar" (always the
-    last).  `max_px` as in `decode_image`.  Raises `FileNotFoundError` and other `OSError` of the file itself.
+    no key: "duplicate key" and "members of a sample are not adjacent" (the first members of the key came as a sample),
+    "truncated tar" and "not a tar" (always the last).  `max_px` as in `decode_image`.  Raises `FileNotFoundError` and
+    other `OSError` of the file itself.
     """
     with files.open_seekable(url) as stream:
         for group in _groups(stream, url, load=True):
@@ -120,7 +129,7 @@ def iter_shard(url: str, max_px: int | None = None) -> Iterator[Sample | BadSamp
                 try:
                     record = parse_record(group.key, group.data.get("json"), group.data.get("txt"))
                     image = decode_image(group.data[extension], group.key, max_px)
-                    yield record.sample(group.key, image, group.key)
+                    yield Sample(key=group.key, image=image, **record)
                 except BadSample as bad:
                     yield bad
 

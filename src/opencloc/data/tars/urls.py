@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 
 from opencloc import files
 
+UNFINISHED = "_unfinished.json"  # in a folder of tars while it is being written
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
 
@@ -15,19 +17,24 @@ def expand_urls(pattern: str | Sequence[str], *, must_exist: bool = True) -> lis
     """The tars that a pattern means, in order.
 
     A pattern is a file, a folder (its `*.tar`), a glob, or any of these with braces (`{00000..00007}.tar`, `{a,b}`), on
-    this machine or at an fsspec URL; or several of them.  Unless `must_exist`, a name that ends in `.tar` is taken as
-    it is, without a look: of many remote shards each look is a request.
+    this machine or at an fsspec URL; or several of them.  A file or folder of exactly that name goes before a pattern.
+    Unless `must_exist`, a name that ends in `.tar` is taken as it is, without a look: at many remote shards each look
+    is a request.
 
-    Raises `FileNotFoundError` naming what is not there, and `ValueError` for a brace range that runs backwards.
+    Raises `FileNotFoundError` naming what is not there, and `ValueError` for a brace range that runs backwards or a
+    folder whose writing was not finished.
     """
     if not isinstance(pattern, str):
         return [url for one in pattern for url in expand_urls(one, must_exist=must_exist)]
     found: list[str] = []
-    for url in _expand_braces(pattern):
+    for url in [pattern] if "{" not in pattern or files.exists(pattern) else _expand_braces(pattern):
         if not must_exist and url.endswith(".tar") and not re.search(r"[*?\[]", url):
             found.append(url)
         elif files.is_folder(url):
-            tars = [path for path in files.children(url) if path.endswith(".tar")]
+            inside = files.children(url)
+            tars = [path for path in inside if path.endswith(".tar")]
+            if any(os.path.basename(path) == UNFINISHED for path in inside):
+                raise ValueError(_not_finished(url))
             if not tars:
                 raise FileNotFoundError(f"{url}: no *.tar in this folder")
             found += tars
@@ -37,10 +44,17 @@ def expand_urls(pattern: str | Sequence[str], *, must_exist: bool = True) -> lis
             tars = files.glob(url)
             if not tars:
                 raise FileNotFoundError(f"{url}: no file matches")
+            for folder in sorted({os.path.dirname(tar) for tar in tars}):
+                if files.exists(os.path.join(folder, UNFINISHED)):
+                    raise ValueError(_not_finished(folder))
             found += tars
         else:
             raise FileNotFoundError(f"{url}: no such shard" + (f" (from {pattern})" if url != pattern else ""))
     return found
+
+
+def _not_finished(folder: str) -> str:
+    return f"{folder} was not finished ({UNFINISHED} lies in it): run the command that writes it again, or delete it"
 
 
 def _expand_braces(pattern: str) -> list[str]:

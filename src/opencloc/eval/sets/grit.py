@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from opencloc import files
-from opencloc.data.record import IMAGE_EXTENSIONS
+from opencloc.data.sample import IMAGE_EXTENSIONS
 from opencloc.data.tars.tar import index_shard
 from opencloc.eval.sets.item import BAD_BOX, BOXES, FILES, IMAGES, NO_REGIONS, EvalSet, Item, Skipped, Stored
 

@@ -12,7 +12,7 @@ from importlib.resources import files as resources
 from typing import Literal, get_args
 
 from opencloc import files
-from opencloc.data.record import IMAGE_EXTENSIONS
+from opencloc.data.sample import IMAGE_EXTENSIONS
 from opencloc.eval.sets.item import FILES, EvalSet, Item, Skipped, Stored, merge_names
 
 Templates = Literal["80", "7", "none"]

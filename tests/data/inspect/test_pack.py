@@ -108,11 +108,11 @@ def test_what_cannot_be_packed_is_counted(tmp_path: Path) -> None:
     )
     rows = [SidecarRow(key="a"), SidecarRow(key="b"), SidecarRow(key="c", error="no caption")]
     write_sidecar(sidecar_path(str(folder / "00000.tar"), "vesl"), rows, {})
-    seen: list[int] = []
-    report = pack(PackConfig(data=str(folder), out=str(tmp_path / "out")), progress=seen.append)
+    report = pack(PackConfig(data=str(folder), out=str(tmp_path / "out")))
     assert report.samples == 1
     assert report.left_out == {"no image": 1, "broken image": 1, "not labelled": 1, "not in the sidecar": 1}
-    assert sum(seen) == 4
+    assert str(report).startswith("1 samples in 1 tars")
+    assert "broken image: 1" in str(report)
     assert read_tars(tmp_path / "out")[0].keys() == {"a.jpg", "a.json"}
 
 
@@ -156,3 +156,44 @@ def test_generated_data_are_refused(tmp_path: Path) -> None:
 def test_a_shard_of_no_samples_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="samples_per_shard must be at least 1, got 0"):
         PackConfig(data="x", out="y", samples_per_shard=0)
+
+
+def test_a_pack_that_was_killed_goes_on_and_never_looks_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(7):
+        (photos / f"{number}.jpg").write_bytes(b"broken" if number == 1 else file_bytes(number))
+    whole = pack(PackConfig(data=str(photos), out=str(tmp_path / "whole"), samples_per_shard=2))
+    write = ShardWriter.write
+
+    def write_until_killed(writer: ShardWriter, sample: Sample, image_bytes: bytes | None = None) -> str:
+        if sample.key == "5":
+            raise KeyboardInterrupt
+        return write(writer, sample, image_bytes)
+
+    config = PackConfig(data=str(photos), out=str(tmp_path / "out"), samples_per_shard=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", write_until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            pack(config)
+    for location in (config.out, f"{config.out}/*.tar"):
+        with pytest.raises(ValueError, match="out was not finished"):
+            Shards(location)
+    with pytest.raises(FileExistsError, match="unfinished job with other settings"):
+        pack(PackConfig(data=str(photos), out=config.out, samples_per_shard=3))
+    again = pack(config)
+    assert "going on at image 3 of 7" in capsys.readouterr().err
+    assert (again.samples, again.left_out) == (whole.samples, whole.left_out) == (6, {"broken image": 1})
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()
+    }
+
+
+@pytest.mark.parametrize("key", ["../../evil", "/abs/evil", "a/../../evil"])
+def test_keys_that_lead_out_of_a_folder_are_renamed_and_counted(tmp_path: Path, key: str) -> None:
+    write_tar(tmp_path / "in" / "0.tar", {f"{key}.jpg": file_bytes(0), "good.jpg": file_bytes(1)})
+    report = pack(PackConfig(data=str(tmp_path / "in"), out=str(tmp_path / "out")))
+    assert (report.samples, report.renamed) == (2, 1)
+    assert read_tars(tmp_path / "out")[0].keys() == {"sample-0.jpg", "sample-0.json", "good.jpg", "good.json"}

@@ -6,9 +6,7 @@ import io
 import json
 import multiprocessing
 import pickle
-import struct
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -26,7 +24,6 @@ from opencloc.data.sample import Sample
 from opencloc.data.sidecar import SidecarRow, sidecar_path, write_sidecar
 from opencloc.data.tars.shards import Shards, ShardsConfig, ShardWriter, expand_urls, index_shard, iter_shard
 from opencloc.errors import BadSample
-from opencloc.images import decode_image
 
 
 def picture(seed: int = 0, width: int = 12, height: int = 7) -> Image.Image:
@@ -98,7 +95,7 @@ def samples(draw: st.DrawFn) -> list[dict[str, Any]]:
     return made
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(samples(), st.integers(1, 4))
 def test_reading_gives_back_what_was_written(tmp_path_factory, fields: list[dict], samples_per_shard: int) -> None:
     written = [Sample(**one) for one in fields]
@@ -137,6 +134,8 @@ def messy_members() -> list[tuple[str, bytes]]:
         ("nan.json", region([0, 0, float("nan"), 1])),
         ("outside.jpg", PNG),
         ("outside.json", region([0, 0, 1.2, 1])),
+        ("digits.jpg", PNG),
+        ("digits.json", region([0, 0, 1, 10**400])),
         ("three.jpg", PNG),
         ("three.json", region([0, 0, 1])),
         ("blank.jpg", PNG),
@@ -172,10 +171,11 @@ def test_a_messy_tar_gives_every_sample_or_the_reason_why_not(tmp_path: Path) ->
         "empty": "broken image",
         "json": "bad json",
         "list": "bad json",
-        "surrogate": "bad json",
+        "surrogate": "text is not valid Unicode",
         "utf8": "bad utf-8",
         "nan": "bad box",
         "outside": "bad box",
+        "digits": "bad box",
         "three": "bad box",
         "blank": "empty region text",
         "score": "bad score",
@@ -205,7 +205,7 @@ def whole_tar(path: Path) -> bytes:
     return Path(write_tar(path, members)).read_bytes()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_tar_cut_anywhere_keeps_its_whole_samples(tmp_path_factory, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("cut")
@@ -228,7 +228,7 @@ def test_a_tar_cut_anywhere_keeps_its_whole_samples(tmp_path_factory, data: st.D
         assert len(keys) == len(items) == 4
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_damaged_headers_are_reported_not_raised(tmp_path_factory, data: st.DataObject) -> None:
     path = tmp_path_factory.mktemp("damaged") / "0.tar"
@@ -362,145 +362,38 @@ def test_remote_tars_read_like_local_ones(tmp_path: Path) -> None:
     assert [outcome(item) for item in iter_shard(url)] == [outcome(item) for item in iter_shard(local)]
 
 
-def test_patterns_expand_in_order(tmp_path: Path) -> None:
-    for name in ("00008.tar", "00009.tar", "00010.tar", "a-1.tar", "b-1.tar", "x[1].tar", "note.txt"):
-        (tmp_path / name).touch()
-
-    def names(pattern: str) -> list[str]:
-        return [Path(url).name for url in expand_urls(str(tmp_path / pattern))]
-
-    assert names("{00008..00010}.tar") == ["00008.tar", "00009.tar", "00010.tar"]
-    assert names("{b,a}-{1..1}.tar") == ["b-1.tar", "a-1.tar"]
-    assert names("0000?.tar") == ["00008.tar", "00009.tar"]
-    assert names("x[1].tar") == ["x[1].tar"]  # a file of that very name is no pattern
-    assert len(names("")) == 6
-    assert expand_urls([str(tmp_path / "a-1.tar"), str(tmp_path / "b-*.tar")])[1].endswith("b-1.tar")
-
-
 @pytest.mark.parametrize(
-    ("pattern", "error", "message"),
+    ("names", "keys", "problems"),
     [
-        ("{0..1}.tar", FileNotFoundError, r"1\.tar: no such shard \(from .*\{0\.\.1\}\.tar\)"),  # a gap
-        ("9*.tar", FileNotFoundError, r"9\*\.tar: no file matches"),
-        ("empty", FileNotFoundError, r"empty: no \*\.tar in this folder"),
-        ("{3..1}.tar", ValueError, r"\{3\.\.1\} runs backwards"),
+        (["a.jpg", "a.txt", "a.jpg", "a.txt"], ["a"], {"duplicate key": 1}),
+        (["a.jpg", "a.jpg", "a.jpg", "b.jpg"], ["a", "b"], {"duplicate key": 2}),
+        (["a.jpg", "b.jpg", "a.txt"], ["a", "b"], {"members of a sample are not adjacent": 1}),
+        (["a.txt", "b.jpg", "a.jpg"], ["b"], {"no image": 1, "members of a sample are not adjacent": 1}),
+        (["a.jpg", "b.jpg", "a.jpg"], ["a", "b"], {"duplicate key": 1}),
     ],
 )
-def test_patterns_that_match_nothing_say_so(tmp_path: Path, pattern: str, error: type, message: str) -> None:
-    (tmp_path / "0.tar").touch()
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(error, match=message):
-        expand_urls(str(tmp_path / pattern))
+def test_members_that_no_sample_gets_are_counted(tmp_path: Path, names: list, keys: list, problems: dict) -> None:
+    url = write_tar(tmp_path / "0.tar", [(name, PNG if name.endswith("jpg") else b"text") for name in names])
+    items = list(iter_shard(url))
+    index = index_shard(url)
+    assert [item.key for item in items if isinstance(item, Sample)] == list(index.keys) == keys
+    assert Counter(item.reason for item in items if isinstance(item, BadSample)) == index.problems == problems
 
 
-def test_the_same_samples_write_the_same_bytes(tmp_path: Path) -> None:
-    for folder in ("one", "two"):
-        with ShardWriter(str(tmp_path / folder)) as writer:
-            for i in range(3):
-                writer.write(Sample(key=f"{i}", image=picture(i), captions=("a", "b")))
-    assert (tmp_path / "one/00000.tar").read_bytes() == (tmp_path / "two/00000.tar").read_bytes()
+def test_images_whose_captions_come_later_in_the_tar_say_so(tmp_path: Path) -> None:
+    members = [("a.jpg", PNG), ("b.jpg", PNG), ("a.json", b'{"caption": "a"}'), ("b.json", b'{"caption": "b"}')]
+    source = Shards(write_tar(tmp_path / "0.tar", members))
+    with pytest.raises(BadSample, match=r"0\.tar/a: members of a sample are not adjacent"):
+        source[0]
 
 
-def test_image_files_are_stored_untouched_unless_readers_could_not_expect_them(tmp_path: Path) -> None:
-    jpeg, gif = file_bytes(picture(), "JPEG", quality=30), file_bytes(picture(), "GIF")
-    with ShardWriter(str(tmp_path)) as writer:
-        writer.write(Sample(key="jpeg", image=picture()), jpeg)
-        writer.write(Sample(key="gif", image=picture()), gif)
-    source = Shards(str(tmp_path))
-    assert source.image_bytes(0) == jpeg
-    assert source.image_bytes(1)[:3] == b"\xff\xd8\xff"
-
-
-def test_a_failed_writer_leaves_only_whole_tars(tmp_path: Path) -> None:
-    def write_and_fail() -> None:
-        with ShardWriter(str(tmp_path), samples_per_shard=2) as writer:
-            for key in "abc":
-                writer.write(Sample(key=key, image=picture()))
-            raise RuntimeError("disk on fire")
-
-    with pytest.raises(RuntimeError, match="disk on fire"):
-        write_and_fail()
-    assert [path.name for path in tmp_path.iterdir()] == ["00000.tar"]
-    assert Shards(str(tmp_path)).size == 2
-    with pytest.raises(FileExistsError, match=r"holds tars already \(00000\.tar"), ShardWriter(str(tmp_path)):
-        pass
-
-
-def test_the_writer_makes_keys_that_a_tar_can_hold(tmp_path: Path) -> None:
-    with ShardWriter(str(tmp_path)) as writer:
-        assert writer.write(Sample(key="v1.2/photo.small", image=picture())) == "v1.2/photo_small"
-        with pytest.raises(ValueError, match=r"'v1\.2/photo_small' comes twice"):
-            writer.write(Sample(key="v1.2/photo_small", image=picture()))
-        for key in ("", "folder/", "nul\0"):
-            with pytest.raises(ValueError, match="cannot be the key"):
-                writer.write(Sample(key=key, image=picture()))
-    assert index_shard(writer.paths[0]).keys == ("v1.2/photo_small",)
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 320))
-def test_scaled_decoding_never_goes_below_the_size_needed(width: int, height: int, max_px: int) -> None:
-    data = file_bytes(Image.new("RGB", (width, height)), "JPEG")
-    got = decode_image(data, "x", max_px).size
-    assert max(got) >= min(max_px, max(width, height))
-    eighths = {(-(-width // scale), -(-height // scale)) for scale in (1, 2, 4, 8)}
-    assert got in eighths
-
-
-def test_scaled_decoding_makes_large_photos_small() -> None:
-    data = file_bytes(Image.new("RGB", (801, 400)), "JPEG")
-    assert decode_image(data, "x", 100).size == (101, 50)
-    assert decode_image(data, "x", 102).size == (201, 100)
-    assert decode_image(data, "x").size == (801, 400)
-
-
-@pytest.mark.parametrize(
-    ("image", "kind", "expected"),
-    [
-        (Image.new("L", (4, 4), 100), "PNG", (100, 100, 100)),
-        (Image.new("1", (4, 4), 1), "PNG", (255, 255, 255)),
-        (Image.fromarray(np.full((4, 4), 0x8040, dtype=np.uint16)), "PNG", (0x80, 0x80, 0x80)),  # 16 bits: the upper 8
-        (Image.new("RGBA", (4, 4), (0, 0, 0, 0)), "PNG", (255, 255, 255)),  # transparent: white shows through
-        (Image.new("LA", (4, 4), (0, 255)), "PNG", (0, 0, 0)),
-        (Image.new("RGB", (4, 4), "red").convert("P"), "PNG", (255, 0, 0)),
-        (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "JPEG", (255, 0, 0)),
-        (Image.new("RGB", (4, 4), "blue"), "BMP", (0, 0, 255)),
-    ],
-)
-def test_every_kind_of_image_becomes_rgb(image: Image.Image, kind: str, expected: tuple) -> None:
-    got = decode_image(file_bytes(image, kind), "x")
-    assert (got.mode, got.size, got.getpixel((2, 2))) == ("RGB", (4, 4), expected)
-
-
-def test_of_an_animation_the_first_frame_is_read() -> None:
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
-    for kind in ("GIF", "WEBP", "PNG"):
-        data = file_bytes(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
-        assert decode_image(data, "x").getpixel((0, 0)) == (255, 0, 0)
-
-
-def test_orientation_in_exif_does_not_turn_the_pixels() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    assert decode_image(file_bytes(picture(0, 12, 7), "JPEG", exif=exif), "x").size == (12, 7)
-
-
-@pytest.mark.parametrize("side", [9_600, 20_000])  # Pillow only warns of the first
-def test_an_image_too_large_to_decode_is_a_bad_sample(side: int) -> None:
-    header = b"IHDR" + struct.pack(">II", side, side) + bytes([8, 2, 0, 0, 0])
-    bomb = PNG[:12] + header + struct.pack(">I", zlib.crc32(header)) + PNG[33:]
-    with pytest.raises(BadSample, match="huge: image too large"):
-        decode_image(bomb, "huge")
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF"]), st.data())
-def test_damaged_image_bytes_raise_nothing_but_bad_sample(kind: str, data: st.DataObject) -> None:
-    damaged = bytearray(file_bytes(picture(0, 40, 30), kind))
-    for _ in range(data.draw(st.integers(1, 8))):
-        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
-    try:
-        reason = None if decode_image(bytes(damaged), "x").mode == "RGB" else "not RGB"
-    except BadSample as bad:
-        reason = bad.reason
-    assert reason in (None, "broken image", "image too large")
+def test_a_member_of_negative_size_ends_the_tar(tmp_path: Path) -> None:
+    path = Path(write_tar(tmp_path / "0.tar", [("a.png", PNG), ("b.png", PNG), ("c.png", PNG)]))
+    tar = bytearray(path.read_bytes())
+    start = int(index_shard(str(path)).spans[1, 0, 0]) - 512
+    tar[start + 124 : start + 136] = b"\xff" * 10 + (-1024 & 0xFFFF).to_bytes(2, "big")  # base 256, negative
+    tar[start + 148 : start + 156] = b" " * 8
+    tar[start + 148 : start + 156] = b"%06o\0 " % sum(tar[start : start + 512])
+    path.write_bytes(tar)
+    keys = [item.reason if isinstance(item, BadSample) else item.key for item in iter_shard(str(path))]
+    assert keys == ["a", "truncated tar"]
