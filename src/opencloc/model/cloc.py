@@ -213,7 +213,8 @@ class ClocModel(PreTrainedModel):
         """The address of the commit on the hub.  A model card that is there stays."""
         token = options.get("token")
         is_new = not (repo_exists(repo_id, token=token) and file_exists(repo_id, "README.md", token=token))
-        address = super().push_to_hub(repo_id, **options)
+        push: Any = super().push_to_hub
+        address = push(repo_id, **options)
         if is_new:  # transformers has put its own empty card there
             ModelCard(model_card(self.config)).push_to_hub(repo_id, token=token)
         return address

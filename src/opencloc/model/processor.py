@@ -125,7 +125,8 @@ class ClocProcessor(ProcessorMixin):
             raise ValueError(f"{path}: there is no processor_config.json")
         loading.check_tokenizer_files(path)
         with loading.naming(path):
-            processor: Any = super().from_pretrained(str(folder), **options | {"trust_remote_code": False})
+            load: Any = super().from_pretrained
+            processor = load(str(folder), **options | {"trust_remote_code": False})
         if config is not None:
             fitting = cls.for_towers(config.clip_config, processor.tokenizer, path)
             for name in ("image_size", "max_text_length", "pad_to_max_length"):
