@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,10 +23,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from opencloc.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, from_json, to_json
+from opencloc.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, to_json
 from opencloc.data.sources.spec import open_source
 from opencloc.data.stream import TrainingExamples, training_batches
-from opencloc.presets import PRESETS
 from opencloc.train.build import build_model
 from opencloc.train.checkpoint import list_checkpoints
 from opencloc.train.loop import backward, train
@@ -76,6 +76,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+def tree(folder: Path) -> dict[str, bytes]:
+    """The files of a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -93,16 +98,11 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     # the same run cut off after step 2: as if killed before it could write anything newer
     cut = tmp_path / "cut"
     train(config(cut, **changes))
-    for checkpoint in list_checkpoints(cut / "checkpoints")[1:]:
-        for file in checkpoint.iterdir():
-            file.unlink()
-        checkpoint.rmdir()
-    assert [c.name for c in list_checkpoints(cut / "checkpoints")] == ["step_0000002"]
+    for newer in (cut / "model", *list_checkpoints(cut / "checkpoints")[1:]):
+        shutil.rmtree(newer)
     resumed = train(config(cut, **changes))
-    assert equal(weights(whole), weights(resumed))
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        last = "checkpoints/step_0000006"
-        assert equal(load_file(tmp_path / "whole" / last / name), load_file(cut / last / name))
+    assert tree(whole) == tree(resumed)
+    assert tree(tmp_path / "whole/checkpoints/step_0000006") == tree(cut / "checkpoints/step_0000006")
 
 
 def test_killed_run_resumes_to_the_same_model(config: MakeConfig, tmp_path: Path) -> None:
@@ -211,12 +211,6 @@ def test_clip_baseline_trains_no_region_part(config: MakeConfig, tmp_path: Path)
     assert "region_text" not in json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
 
 
-def test_another_configuration_in_the_same_folder_is_refused_by_field(config: MakeConfig, tmp_path: Path) -> None:
-    train(config(tmp_path, steps=1))
-    with pytest.raises(ValueError, match=r"another configuration.*\n.*optim.lr: 0.001 there, 0.5 asked for"):
-        train(config(tmp_path, steps=1, optim=OptimConfig(lr=0.5, warmup_steps=2)))
-
-
 def test_only_the_newest_checkpoints_stay(config: MakeConfig, tmp_path: Path) -> None:
     train(config(tmp_path, keep_checkpoints=1))
     assert [c.name for c in list_checkpoints(tmp_path / "checkpoints")] == ["step_0000006"]
@@ -226,11 +220,6 @@ def test_a_run_starts_from_a_cloc_and_from_a_clip_checkpoint(config: MakeConfig,
     first = train(config(tmp_path / "first", steps=1))
     model = replace(config(tmp_path).model, init_from=str(first))
     assert train(config(tmp_path / "second", steps=1, model=model)).is_dir()
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(config: MakeConfig, tmp_path: Path) -> None:
-    with pytest.raises(FloatingPointError, match=r"lower optim\.lr"):
-        train(config(tmp_path, optim=OptimConfig(lr=1e30, warmup_steps=0), steps=20))
 
 
 def test_learning_rate_warms_up_then_falls_to_zero() -> None:
@@ -292,27 +281,3 @@ def test_a_step_of_muon_is_as_long_as_one_of_adamw_and_shrinks_weights_as_much()
     step = weight.detach() - (1 - 0.01 * 0.5)
     assert step.square().mean().sqrt() == pytest.approx(0.01 * 0.2, rel=0.2)
     assert (step * weight.grad).sum() < 0
-
-
-@pytest.mark.parametrize("name", sorted(PRESETS))
-def test_presets_survive_json(name: str) -> None:
-    preset = PRESETS[name]()
-    assert from_json(TrainConfig, to_json(preset), "x.json") == preset
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"stepz": 3}', "stepz"),
-        ('{"steps": "3"}', "steps"),
-        ('{"steps": 0}', "steps must be >= 1, got 0"),
-        ('{"model": {"image_size": 30, "patch_size": 8}}', "multiple of model.patch_size"),
-        ('{"data": {"patch_dropout": 1.0}}', "data.patch_dropout must be in [0, 1), got 1.0"),
-        ('{"optim": {"name": "muon"}, "sharding": "fsdp"}', "optim.name must be adamw where sharding is fsdp"),
-        ("{", "run.json"),
-    ],
-)
-def test_bad_configurations_name_file_and_field(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=r"^run\.json") as error:
-        from_json(TrainConfig, text, "run.json")
-    assert message in str(error.value)
