@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import pickle
+import re
 import shutil
 import tarfile
 import traceback
@@ -257,7 +258,7 @@ def annotations(world: World, rng: Random) -> None:
         if file.endswith(".json"):
             path.write_bytes(broken_json(json.loads(sound), rng))
         elif file.endswith(".p") and rng.random() < 0.7:
-            path.write_bytes(pickle.dumps(json.loads(broken_json(on_disk.refs(), Random(rng.random())))))
+            path.write_bytes(pickle.dumps(json.loads(_readable(broken_json(on_disk.refs(), rng)))))
         else:
             path.write_bytes(broken_bytes(sound, rng))
         _read_set(name, file, folder)
@@ -338,7 +339,7 @@ def tars(world: World, rng: Random) -> None:
             source = Shards(str(path))
         samples, skipped = take(source, 10**6)
         check(len(samples) + skipped.total() == source.size >= 1, "samples neither used nor counted")
-        sound = sum(isinstance(one, Sample) for one in streamed[: len(index.keys) + imageless])
+        sound = sum(isinstance(one, Sample) for one in streamed)
         check(len(samples) <= sound, f"{len(samples)} samples by number, {sound} when streamed")
 
 
@@ -400,7 +401,7 @@ def configs(world: World, rng: Random) -> None:
     sound = rng.choice((train, LabelConfig(data=("photos",), detector="owl")))
     data = broken_json(asdict(sound), rng)
     with refusing("config.json"):
-        config = from_json(type(sound), data.decode(errors="replace"), "config.json")
+        config = from_json(type(sound), data, "config.json")
     json.dumps(asdict(config), allow_nan=False)
     check(from_json(type(sound), to_json(config), "again") == config, "another configuration read back")
     if isinstance(config, TrainConfig) and all(
@@ -421,14 +422,11 @@ def checkpoints(world: World, rng: Random) -> None:
         _break_checkpoint(path, rng)
         with refusing(folder):
             predictor = opencloc.load(folder)
-        photo = predictor.encode(world.image)
-        check_unit(photo.features.embedding, 1)
-        check_unit(predictor.embed_texts(["a dog", "a cat"]), 2)
-        if predictor.model.config.regions_trained:
+        with refusing("weights are damaged", "Prompter was never trained"):
+            photo = predictor.encode(world.image)
+            check_unit(photo.features.embedding, 1)
+            check_unit(predictor.embed_texts(["a dog", "a cat"]), 2)
             check_unit(predictor.embed(photo, boxes_px=[[0, 0, 10, 10]]), 1)
-        else:
-            with refusing("Prompter was never trained"):
-                predictor.embed(photo, boxes_px=[[0, 0, 10, 10]])
 
 
 def _break_checkpoint(path: Path, rng: Random) -> None:
@@ -581,17 +579,17 @@ def specs(world: World, rng: Random) -> None:
     """sources as they are named on the command line and in configurations"""
     folder = world.sets / "coco"
     sound = rng.choice((
-        "scenes:rich?num_things=3&seed=1", "scenes:easy?max_things=2", f"coco:{folder}?split=val2017",
+        "scenes:rich?num_things=12&seed=1", "scenes:easy?max_objects=4&split=unseen_things", f"coco:{folder}?split=val2017",
         f"folder:{folder}/val2017", f"{folder}/val2017", f"shards:{world.sets}/grit/{{00000..00003}}.tar",
         f"mosaic:folder:{folder}/val2017?grid=2-3", f"crops:coco:{folder}?split=val2017?seed=1",
         f"{world.sets}/grit/00000.tar?cache_gb=1",
     ))  # fmt: skip
-    start = rng.randrange(len(sound) + 1)
+    start = rng.randrange(len(sound) + 1) if rng.random() < 0.5 else sound.find("=") + 1
     odd = str(rng.choice(ODD[:-1])) if rng.random() < 0.5 else rng.choice(("?", "&", "=", ":", "{", "}", "..", ",", "*", "-1", "e9"))
     spec = sound[:start] + odd + sound[start + rng.choice((0, 0, 1, 3)) :]
     if "://" in spec:
         spec = sound
-    with refusing(repr(spec)[1:-1], spec, spec.split(":")[-1][:40], "scenes:", world.sets):
+    with refusing(*(part for part in re.split(r"[:?{}*\[\]\0\s]", spec) if len(part) > 3)):
         source = open_source(spec)
     try:
         sample = source[0]
