@@ -71,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         raise
                     last = traceback.extract_tb(error.__traceback__)[-1]
                     what = f"{type(error).__name__}: {error}"[:300]
+                    what = what.encode("ascii", "backslashreplace").decode()
                     findings.append(f"{name}:{n}: {what} ({Path(last.filename).name}:{last.lineno})")
                     print(findings[-1], file=sys.stderr, flush=True)
             faulthandler.cancel_dump_traceback_later()

@@ -533,8 +533,8 @@ def _pixels(rng: Random) -> Any:
 def calls(world: World, rng: Random) -> None:
     """arguments of Predictor, ClocModel and ClocProcessor"""
     predictor, photo, model = world.predictor, world.photo, world.predictor.model
-    about = ("image", "box", "point", "mask", "text", "prompt", "names", "labels", "scores", "nothere", "null byte",
-             "Box", "Point")  # fmt: skip
+    about = ("image", "box", "point", "mask", "text", "prompt", "names", "labels", "scores", "nothere", "[Errno", "Box",
+             "Point")  # fmt: skip
     with refusing(*about):
         match rng.randrange(9):
             case 0:
@@ -584,7 +584,7 @@ def specs(world: World, rng: Random) -> None:
         f"mosaic:folder:{folder}/val2017?grid=2-3", f"crops:coco:{folder}?split=val2017?seed=1",
         f"{world.sets}/grit/00000.tar?cache_gb=1",
     ))  # fmt: skip
-    start = rng.randrange(len(sound) + 1) if rng.random() < 0.5 else sound.find("=") + 1
+    start = rng.randrange(max(0, sound.find("/sets")), len(sound) + 1) if rng.random() < 0.6 else sound.find("=") + 1
     odd = str(rng.choice(ODD[:-1])) if rng.random() < 0.5 else rng.choice(("?", "&", "=", ":", "{", "}", "..", ",", "*", "-1", "e9"))
     spec = sound[:start] + odd + sound[start + rng.choice((0, 0, 1, 3)) :]
     if "://" in spec:

@@ -319,11 +319,15 @@ class Predictor:
 def _captions(count: int, labels: Sequence[str], scores: Sequence[float] | np.ndarray | None) -> list[str]:
     """What is written at each box.  Raises ValueError where the numbers differ."""
     labels = _list(labels, "labels")
-    for what, given in (("labels", labels), ("scores", scores if scores is not None else [])):
+    scores = [] if scores is None else _list(scores, "scores")
+    for what, given in (("labels", labels), ("scores", scores)):
         if len(given) not in (0, count):
             raise ValueError(f"{len(given)} {what} for {count} boxes")
     texts = labels or [""] * count
-    marks = [""] * count if scores is None else [f"{float(score):.2f}" for score in scores]
+    try:
+        marks = [f"{float(score):.2f}" for score in scores] or [""] * count
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"scores are real numbers, not {scores!r}"[:300]) from None
     return [f"{text} {mark}".strip() for text, mark in zip(texts, marks, strict=True)]
 
 
@@ -369,7 +373,10 @@ def _rows(values: Any, count: int, what: str) -> list[list[Any]]:
     """Rows of `count` numbers each, from any array, tensor or list."""
     if values is None:
         raise TypeError(f"{what} is None: give rows of {count} numbers, or nothing")
-    array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    try:
+        array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    except ValueError:  # rows of several lengths
+        raise ValueError(f"{what} are not rows of {count} numbers each: {values!r}"[:300]) from None
     if array.shape[:1] == (0,) and array.ndim <= 2:
         return []
     if array.dtype.kind not in "iuf":
