@@ -32,56 +32,68 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--inputs", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", help="KIND, or KIND:NUMBER of one input")
+    parser.add_argument("--only", help="KIND, or KIND:NUMBER of one input", default="")
     options = parser.parse_args(arguments)
-    warnings.simplefilter("ignore")
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    only, _, number = options.only.partition(":")
+    figures: dict[str, Any] = {}
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        prepare_process(Path(folder))
+        from tests.fuzz.kinds import KINDS, World
+
+        world = World(Path(folder))
+        if number:
+            KINDS[only].attempt(world, _rng(options.seed, only, int(number)))
+            return 0
+        for name, kind in KINDS.items():
+            if only in ("", name):
+                figures[name] = _try_kind(world, name, kind, options.inputs * kind.share // 100, options.seed)
+    if options.out is not None:
+        _write(options.out, options.seed, figures, time.perf_counter() - start)
+    return int(any(of_kind["findings"] for of_kind in figures.values()))
+
+
+def prepare_process(folder: Path) -> None:
+    """No network, one thread, a bound on memory, a cache of its own, and libraries that keep quiet."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OPENCLOC_CACHE": str(folder / "cache")}
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
-
+    warnings.simplefilter("ignore")
+    logging.disable()
     import torch
-    from transformers.utils import logging as transformers_logging
-
-    from tests.fuzz.kinds import KINDS, Refused, World
+    from transformers.utils.logging import disable_progress_bar
 
     torch.set_num_threads(1)
-    logging.disable()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    figures: dict[str, Any] = {}
-    begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["OPENCLOC_CACHE"] = f"{folder}/cache"
-        world = World(Path(folder))
-        only, _, number = (options.only or "").partition(":")
-        for name, kind in KINDS.items():
-            if only not in ("", name):
-                continue
-            numbers = range(options.inputs * kind.share // 100)
-            fine, findings = 0, []
-            start = time.perf_counter()
-            for n in [int(number)] if number else numbers:
-                faulthandler.dump_traceback_later(HANGS_AFTER_S, exit=True)
-                try:
-                    kind.attempt(world, Random(f"{options.seed} {name} {n}"))
-                    fine += 1
-                except Refused:
-                    pass
-                except Exception as error:
-                    if number:
-                        raise
-                    last = traceback.extract_tb(error.__traceback__)[-1]
-                    what = f"{type(error).__name__}: {error}"[:300]
-                    what = what.encode("ascii", "backslashreplace").decode()
-                    findings.append(f"{name}:{n}: {what} ({Path(last.filename).name}:{last.lineno})")
-                    print(findings[-1], file=sys.stderr, flush=True)
+    disable_progress_bar()
+
+
+def _rng(seed: int, kind: str, number: int) -> Random:
+    return Random(f"{seed} {kind} {number}")
+
+
+def _try_kind(world: Any, name: str, kind: Any, count: int, seed: int) -> dict[str, Any]:
+    """How many inputs of a kind were tried, fine and refused, and the findings, one line each."""
+    from tests.fuzz.kinds import Refused
+
+    fine, findings = 0, []
+    start = time.perf_counter()
+    for number in range(count):
+        faulthandler.dump_traceback_later(HANGS_AFTER_S, exit=True)
+        try:
+            kind.attempt(world, _rng(seed, name, number))
+            fine += 1
+        except Refused:
+            pass
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"{type(error).__name__}: {error}"[:300].encode("ascii", "backslashreplace").decode()
+            findings.append(f"{name}:{number}: {what} ({Path(last.filename).name}:{last.lineno})")
+            print(findings[-1], file=sys.stderr, flush=True)
+        finally:
             faulthandler.cancel_dump_traceback_later()
-            refused = len(numbers) - fine - len(findings)
-            figures[name] = {"tried": len(numbers), "fine": fine, "refused": refused, "findings": findings}
-            seconds = time.perf_counter() - start
-            print(f"{name}: {fine} fine, {refused} refused, {len(findings)} findings in {seconds:.0f} s", flush=True)
-    if options.out is not None:
-        _write(options.out, options.seed, figures, time.perf_counter() - begin)
-    return int(any(of_kind["findings"] for of_kind in figures.values()))
+    refused = count - fine - len(findings)
+    seconds = time.perf_counter() - start
+    print(f"{name}: {fine} fine, {refused} refused, {len(findings)} findings in {seconds:.0f} s", flush=True)
+    return {"tried": count, "fine": fine, "refused": refused, "findings": findings}
 
 
 def _write(out: Path, seed: int, kinds: dict[str, Any], seconds: float) -> None:

@@ -159,11 +159,15 @@ def _image_files(image: Image.Image) -> list[bytes]:
     deep = Image.fromarray(np.arange(960, dtype=np.uint16).reshape(24, 40) * 60)
     exif = Image.Exif()
     exif[0x0112] = 6
-    forms = [(image, "JPEG", {}), (image, "JPEG", {"exif": exif, "progressive": True}), (image.convert("CMYK"), "JPEG", {})]
+    forms = [
+        (image, "JPEG", {}),
+        (image, "JPEG", {"exif": exif, "progressive": True}),
+        (image.convert("CMYK"), "JPEG", {}),
+    ]
     forms += [(one, "PNG", {}) for one in (image, rgba, deep, image.convert("LA"), image.convert("1"))]
     forms += [(image.quantize(16), "PNG", {"transparency": 3}), (image, "WEBP", {}), (rgba, "WEBP", {"lossless": True})]
     forms += [(image, "GIF", {"save_all": True, "append_images": [rgba.convert("RGB")]}), (image, "BMP", {})]
-    forms += [(image, "AVIF", {}), (image, "TIFF", {}), (image, "PPM", {})]
+    forms += [(image, "AVIF", {}), (image, "TIFF", {}), (image, "PPM", {})]  # the last two are not read
     found = []
     for one, form, options in forms:
         buffer = io.BytesIO()
@@ -479,7 +483,11 @@ def _boxes(rng: Random, count: int = 4) -> Any:
 
 
 def _text(rng: Random) -> Any:
-    return rng.choice(("a dog", "two  trains", "e\u0301", "<end> a", "dog " * 50, "狗")) if rng.random() < 0.8 else _value(rng)
+    return (
+        rng.choice(("a dog", "two  trains", "e\u0301", "<end> a", "dog " * 50, "狗"))
+        if rng.random() < 0.8
+        else _value(rng)
+    )
 
 
 def _texts(rng: Random) -> Any:
@@ -585,7 +593,11 @@ def specs(world: World, rng: Random) -> None:
         f"{world.sets}/grit/00000.tar?cache_gb=1",
     ))  # fmt: skip
     start = rng.randrange(max(0, sound.find("/sets")), len(sound) + 1) if rng.random() < 0.6 else sound.find("=") + 1
-    odd = str(rng.choice(ODD[:-1])) if rng.random() < 0.5 else rng.choice(("?", "&", "=", ":", "{", "}", "..", ",", "*", "-1", "e9"))
+    odd = (
+        str(rng.choice(ODD[:-1]))
+        if rng.random() < 0.5
+        else rng.choice(("?", "&", "=", ":", "{", "}", "..", ",", "*", "-1", "e9"))
+    )
     spec = sound[:start] + odd + sound[start + rng.choice((0, 0, 1, 3)) :]
     if "://" in spec:
         spec = sound
