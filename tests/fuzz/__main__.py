@@ -83,7 +83,9 @@ def _try_kind(world: Any, name: str, kind: Any, count: int, seed: int) -> dict[s
             fine += 1
         except Refused:
             pass
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # panics of libraries in Rust are no Exceptions
             last = traceback.extract_tb(error.__traceback__)[-1]
             what = f"{type(error).__name__}: {error}"[:300].encode("ascii", "backslashreplace").decode()
             findings.append(f"{name}:{number}: {what} ({Path(last.filename).name}:{last.lineno})")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import json
 import pickle
@@ -12,7 +11,7 @@ import shutil
 import tarfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -239,7 +238,7 @@ def _seen(data: EvalSet) -> Counter[str]:
     return seen
 
 
-def annotations(world: World, rng: Random) -> None:
+def annotation_files(world: World, rng: Random) -> None:
     """annotations of COCO, LVIS, Karpathy, FG-OVD, RefCOCO, Flickr30k Entities"""
     name, file = rng.choice(
         (
@@ -475,7 +474,7 @@ def _boxes(rng: Random, count: int = 4) -> Any:
     rows = [[_number(rng) for _ in range(count + (rng.random() < 0.03))] for _ in range(rng.choice((0, 1, 1, 2, 3)))]
     if rng.random() < 0.5:
         rows = [[1, 1, 20, 20][:count] for _ in rows]
-    as_type = rng.choice((list, list, tuple, np.array, torch.tensor))
+    as_type: Any = rng.choice((list, list, tuple, np.array, torch.tensor))
     try:
         return as_type(rows)
     except (ValueError, TypeError, OverflowError, RuntimeError):
@@ -587,7 +586,8 @@ def specs(world: World, rng: Random) -> None:
     """sources as they are named on the command line and in configurations"""
     folder = world.sets / "coco"
     sound = rng.choice((
-        "scenes:rich?num_things=12&seed=1", "scenes:easy?max_objects=4&split=unseen_things", f"coco:{folder}?split=val2017",
+        "scenes:rich?num_things=12&seed=1", "scenes:easy?max_objects=4&split=unseen_things",
+        f"coco:{folder}?split=val2017",
         f"folder:{folder}/val2017", f"{folder}/val2017", f"shards:{world.sets}/grit/{{00000..00003}}.tar",
         f"mosaic:folder:{folder}/val2017?grid=2-3", f"crops:coco:{folder}?split=val2017?seed=1",
         f"{world.sets}/grit/00000.tar?cache_gb=1",
@@ -614,7 +614,7 @@ def specs(world: World, rng: Random) -> None:
 KINDS: dict[str, Kind] = {
     "images": Kind(share=24, attempt=images),
     "records": Kind(share=16, attempt=records),
-    "annotations": Kind(share=16, attempt=annotations),
+    "annotations": Kind(share=16, attempt=annotation_files),
     "tars": Kind(share=9, attempt=tars),
     "grit": Kind(share=4, attempt=grit_sets),
     "sidecars": Kind(share=7, attempt=sidecars),

@@ -19,7 +19,6 @@ from opencloc.data.sample import Sample, parse_record
 from opencloc.data.sidecar import read_sidecar
 from opencloc.data.sources.spec import open_source
 from opencloc.data.tars.shards import Shards
-from opencloc.errors import BadSample
 from opencloc.eval.sets import captions, coco, grit, refcoco
 from opencloc.images import decode_image
 from opencloc.model.prompts import Text
@@ -66,7 +65,8 @@ def test_the_same_seed_gives_the_same_input():
 
 
 def test_a_finding_is_reported_with_the_input_that_made_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    from tests.fuzz import __main__ as program, kinds
+    from tests.fuzz import __main__ as program
+    from tests.fuzz import kinds
 
     def broken(world: World, rng: Random) -> None:
         """nothing"""
@@ -94,7 +94,7 @@ def test_a_caption_entry_that_is_no_object_is_named(tmp_path: Path):
     content = json.loads(path.read_text())
     content["images"][0]["sentences"] = ["a dog"]
     on_disk.write_json(path, content)
-    with pytest.raises(ValueError, match="dataset_coco.json.*sentence must be an object with raw"):
+    with pytest.raises(ValueError, match=r"dataset_coco\.json.*sentence must be an object with raw"):
         captions.coco_retrieval(str(tmp_path))
 
 
@@ -124,8 +124,28 @@ def test_a_damaged_page_of_parquet_is_named(tmp_path: Path):
     data = bytearray(path.read_bytes())
     data[4:60] = b"\xff" * 56  # the first page; the footer is sound
     path.write_bytes(bytes(data))
-    with pytest.raises(ValueError, match="00000.parquet"):
+    with pytest.raises(ValueError, match=r"00000\.parquet"):
         grit.grit_retrieval(str(tmp_path))
+
+
+def test_a_parquet_whose_columns_have_no_names_in_utf8_is_named(tmp_path: Path):
+    on_disk.write_grit(tmp_path, parquet=True)
+    path = tmp_path / "00000.parquet"
+    path.write_bytes(path.read_bytes().replace(b"caption", b"c\xffption"))
+    with pytest.raises(ValueError, match=path.name):
+        grit.grit_retrieval(str(tmp_path))
+    with pytest.raises(ValueError, match=path.name):
+        read_sidecar(str(path))
+
+
+def test_a_tokenizer_at_which_the_library_panics_is_named(world: World):
+    with world.fresh(world.checkpoints[0]) as folder:
+        path = folder / "tokenizer.json"
+        content = json.loads(path.read_text())
+        content["model"]["continuing_subword_prefix"] = "longer than any entry of the vocabulary"
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=str(folder)):
+            opencloc.load(folder)
 
 
 @pytest.mark.parametrize("value", [1e38, 0.0])

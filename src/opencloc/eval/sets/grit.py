@@ -103,11 +103,11 @@ def _parquet_rows(path: str, column: str) -> Iterator[dict[str, Any]]:
     with files.open_seekable(path) as stream:
         try:
             table = pq.ParquetFile(stream)
-        except (pa.ArrowException, OSError) as error:
+            names = table.schema_arrow.names
+        except (pa.ArrowException, OSError, ValueError) as error:  # names of columns that are not UTF-8
             raise ValueError(f"{path}: not a Parquet file ({error})") from error
-        if missing := set(wanted) - set(table.schema_arrow.names):
-            there = ", ".join(table.schema_arrow.names)
-            raise ValueError(f"{path}: no column {', '.join(sorted(missing))} among {there}")
+        if missing := set(wanted) - set(names):
+            raise ValueError(f"{path}: no column {', '.join(sorted(missing))} among {', '.join(names)}")
         batches = table.iter_batches(columns=wanted)
         while (rows := _next_rows(path, batches)) is not None:
             yield from rows
