@@ -51,6 +51,14 @@ def read_bytes(url: str, start: int = 0, size: int | None = None) -> bytes:
     return fs.cat_file(path, start=start, end=None if size is None else start + size)
 
 
+def read_text(url: str) -> str:
+    """A whole file in UTF-8, without its byte order mark.  Raises ValueError naming the file for other bytes."""
+    try:
+        return read_bytes(url).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{url}: not UTF-8 ({error})") from error
+
+
 def write_bytes(url: str | Path, data: bytes) -> None:
     """Writes a whole file: nobody ever sees half of it.  The folder of a local file is made.
 

@@ -100,7 +100,11 @@ def open_image(source: Any) -> Image.Image:
         return as_rgb(source, str(getattr(source, "filename", "") or "image"), oriented=True)
     if isinstance(source, str | Path):
         path = os.fspath(source)  # a file of this machine, whatever its name looks like
-        return decode_image(Path(path).read_bytes(), path, oriented=True)
+        try:
+            data = Path(path).read_bytes()
+        except ValueError:  # NUL, or half a surrogate pair
+            raise ValueError(f"{path!r} cannot be the name of an image file") from None
+        return decode_image(data, path, oriented=True)
     if isinstance(source, bytes | bytearray | memoryview):
         return decode_image(bytes(source), "image", oriented=True)
     is_tensor = not isinstance(source, np.ndarray) and hasattr(source, "detach")

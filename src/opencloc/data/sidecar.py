@@ -187,11 +187,11 @@ def _columns(path: str) -> dict[str, Any]:
     data = files.read_bytes(path)
     try:
         table = pq.read_table(io.BytesIO(data))
-    except (pa.ArrowException, OSError) as error:
+        names = set(table.column_names)
+    except (pa.ArrowException, OSError, ValueError) as error:  # names of columns that are not UTF-8
         raise ValueError(f"{path}: not a Parquet file ({error})") from error
-    if set(table.column_names) != set(SCHEMA.names):
-        missing = sorted(set(SCHEMA.names) - set(table.column_names))
-        unknown = sorted(set(table.column_names) - set(SCHEMA.names))
+    if names != set(SCHEMA.names):
+        missing, unknown = sorted(set(SCHEMA.names) - names), sorted(names - set(SCHEMA.names))
         raise ValueError(f"{path}: columns differ from a sidecar's: missing {missing}, unknown {unknown}")
     try:
         table = table.select(SCHEMA.names).cast(SCHEMA)

@@ -62,6 +62,8 @@ class TextBank:
 
 
 def check_finite(encoder: Encoder, what: str, embeddings: Tensor) -> None:
-    """Raises ValueError naming the encoder if an embedding is not finite: its scores would mean nothing."""
+    """Raises ValueError naming the encoder if an embedding is not finite or zero: its scores would mean nothing."""
     if not bool(torch.isfinite(embeddings).all()):
         raise ValueError(f"{encoder.name}: it gives {what} embeddings that are not finite")
+    if not bool(embeddings.any(-1).all()):
+        raise ValueError(f"{encoder.name}: it gives {what} embeddings that are zero")

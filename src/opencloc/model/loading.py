@@ -157,7 +157,9 @@ def naming(path: str | Path) -> Iterator[None]:
         yield
     except ImportError:  # a library that is not installed: the message says which
         raise
-    except Exception as error:  # each library has its own, tokenizers raises plain Exceptions
+    except BaseException as error:  # each library has its own, tokenizers raises plain Exceptions, and panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         if isinstance(error, OSError) and not Path(path).is_dir():
             raise  # of the hub
         broken = _broken_file(Path(path))

@@ -119,6 +119,7 @@ class Predictor:
             photos = [open_image(one) for one in image[start : start + IMAGES_AT_ONCE]]
             pixels, letterboxes = self.processor.letterbox(photos)
             features = self.model.encode_image(pixels.to(self.model.device))
+            _check_embeddings(features.embedding, "image")
             for i, (photo, letterbox) in enumerate(zip(photos, letterboxes, strict=True)):
                 encoded.append(EncodedImage(features=_one(features, i), image=photo, letterbox=letterbox))
         return encoded
@@ -135,6 +136,7 @@ class Predictor:
         for start in range(0, len(missing), TEXTS_AT_ONCE):
             chunk = missing[start : start + TEXTS_AT_ONCE]
             embeddings = self.model.encode_text(self.processor.tokenize(chunk).to(self.model.device))
+            _check_embeddings(embeddings, "text")
             found.update(zip(chunk, embeddings.unbind(), strict=True))
         self._texts.update(found)
         if not wanted:
@@ -168,7 +170,9 @@ class Predictor:
         listed += [Point(*point) for point in _rows(points_px, 2, "points_px")]
         listed += [Mask(mask) for mask in _list(masks, "masks")]
         listed += [Text(text) for text in _texts(texts)]
-        return self.model.encode_regions(image.features, [[self._in_square(image, p) for p in listed]])[0]
+        regions = self.model.encode_regions(image.features, [[self._in_square(image, p) for p in listed]])[0]
+        _check_embeddings(regions, "region")
+        return regions
 
     def _in_square(self, image: EncodedImage, prompt: Any) -> Prompt:
         """A prompt in pixels of the image as a prompt for the model."""
@@ -315,11 +319,15 @@ class Predictor:
 def _captions(count: int, labels: Sequence[str], scores: Sequence[float] | np.ndarray | None) -> list[str]:
     """What is written at each box.  Raises ValueError where the numbers differ."""
     labels = _list(labels, "labels")
-    for what, given in (("labels", labels), ("scores", scores if scores is not None else [])):
+    scores = [] if scores is None else _list(scores, "scores")
+    for what, given in (("labels", labels), ("scores", scores)):
         if len(given) not in (0, count):
             raise ValueError(f"{len(given)} {what} for {count} boxes")
     texts = labels or [""] * count
-    marks = [""] * count if scores is None else [f"{float(score):.2f}" for score in scores]
+    try:
+        marks = [f"{float(score):.2f}" for score in scores] or [""] * count
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"scores are real numbers, not {scores!r}"[:300]) from None
     return [f"{text} {mark}".strip() for text, mark in zip(texts, marks, strict=True)]
 
 
@@ -335,11 +343,17 @@ def _check_encoded(image: Any) -> None:
         raise TypeError(f"image is what `encode` returned for one image, not {type(image).__name__}")
 
 
+def _check_embeddings(embeddings: Float[Tensor, "P E"], what: str) -> None:
+    """Raises ValueError for an embedding that is not finite or zero: whatever is made of it means nothing."""
+    if not bool(torch.isfinite(embeddings).all() & embeddings.any(-1).all()):
+        raise ValueError(f"the model makes {what} embeddings that are not finite or are zero: its weights are damaged")
+
+
 def _list(values: Any, what: str) -> list[Any]:
     """The values as a list; a string is one value."""
     if isinstance(values, str):
         return [values]
-    if not isinstance(values, Iterable):
+    if not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:  # of arrays and tensors
         raise TypeError(f"{what} are a list, not {values!r}")
     return list(values)
 
@@ -359,8 +373,11 @@ def _rows(values: Any, count: int, what: str) -> list[list[Any]]:
     """Rows of `count` numbers each, from any array, tensor or list."""
     if values is None:
         raise TypeError(f"{what} is None: give rows of {count} numbers, or nothing")
-    array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
-    if array.size == 0 and array.ndim <= 2:
+    try:
+        array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    except ValueError:  # rows of several lengths
+        raise ValueError(f"{what} are not rows of {count} numbers each: {values!r}"[:300]) from None
+    if array.shape[:1] == (0,) and array.ndim <= 2:
         return []
     if array.dtype.kind not in "iuf":
         raise TypeError(f"{what} of type {array.dtype}: rows of {count} numbers are taken")

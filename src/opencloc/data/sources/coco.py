@@ -460,8 +460,10 @@ def row_of(path: str, annotation: dict[str, Any], rows: Mapping[int, int]) -> in
     return rows[image_id]
 
 
-def field_of(path: str, what: str, entry: dict[str, Any], name: str, kind: type) -> Any:
-    """A field of the wanted type; raises `ValueError` naming file, entry and field."""
+def field_of(path: str, what: str, entry: Any, name: str, kind: type) -> Any:
+    """A field of an object, of the wanted type; raises `ValueError` naming file, entry and field."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{path}: {what} must be an object with {name}, it is {entry!r}"[:300])
     value = entry.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
         found = f"it is {value!r}"[:80] if name in entry else "it is missing"

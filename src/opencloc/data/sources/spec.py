@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -87,6 +88,11 @@ def parse_spec(spec: str) -> tuple[str, str, dict[str, str]]:
 
     Raises as `open_source`, but for options: their names and values are not looked at.
     """
+    try:
+        if b"\0" in os.fsencode(spec):
+            raise ValueError(f"{spec!r}: no file has NUL in its name")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{spec!r}: no file has such a name ({error.reason})") from None
     kind, colon, rest = spec.partition(":")
     if not colon or kind not in _CONFIGS:
         kind, rest = None, spec

@@ -66,8 +66,6 @@ def _karpathy(path: str, content: dict[str, Any], split: str, folders: list[str]
         if field_of(path, "image", entry, "split", str) == split:
             name = field_of(path, "image", entry, "filename", str)
             sentences = field_of(path, "image", entry, "sentences", list)
-            if not all(isinstance(sentence, dict) for sentence in sentences):
-                raise ValueError(f"{path}: image {name!r}: sentences must be objects with a raw text")
             folder = field_of(path, "image", {"filepath": ""} | entry, "filepath", str)
             texts = [field_of(path, f"image {name!r}, sentence", sentence, "raw", str) for sentence in sentences]
             found[f"{folder}/{name}" if folder else name] = texts

@@ -103,13 +103,22 @@ def _parquet_rows(path: str, column: str) -> Iterator[dict[str, Any]]:
     with files.open_seekable(path) as stream:
         try:
             table = pq.ParquetFile(stream)
-        except (pa.ArrowException, OSError) as error:
+            names = table.schema_arrow.names
+        except (pa.ArrowException, OSError, ValueError) as error:  # names of columns that are not UTF-8
             raise ValueError(f"{path}: not a Parquet file ({error})") from error
-        if missing := set(wanted) - set(table.schema_arrow.names):
-            there = ", ".join(table.schema_arrow.names)
-            raise ValueError(f"{path}: no column {', '.join(sorted(missing))} among {there}")
-        for batch in table.iter_batches(columns=wanted):
-            yield from batch.to_pylist()
+        if missing := set(wanted) - set(names):
+            raise ValueError(f"{path}: no column {', '.join(sorted(missing))} among {', '.join(names)}")
+        batches = table.iter_batches(columns=wanted)
+        while (rows := _next_rows(path, batches)) is not None:
+            yield from rows
+
+
+def _next_rows(path: str, batches: Iterator[pa.RecordBatch]) -> list[dict[str, Any]] | None:
+    try:
+        batch = next(batches, None)
+        return None if batch is None else batch.to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:  # damaged pages, texts that are not UTF-8
+        raise ValueError(f"{path}: damaged Parquet ({error})") from error
 
 
 def _find_image(folders: list[str], key: str) -> str | None:

@@ -77,15 +77,14 @@ def _read_refer(path: str, split: str, skipped: Skipped) -> _Found:
     instances = path.rpartition("/")[0] + "/instances.json"
     content = read_json(instances, ("images", "annotations"))
     images, rows = images_of(instances, content, Counter())
-    by_id = {one.get("id"): one for one in content["annotations"]}
+    by_id = {field_of(instances, "annotation", one, "id", int): one for one in content["annotations"]}
     queries: dict[int, list[tuple[str, np.ndarray]]] = {}
     splits = Counter(str(ref.get("split")) for ref in refs)
     for ref in refs:
         if ref.get("split") != split:
             continue
-        if ref.get("ann_id") not in by_id:
-            raise ValueError(f"{path}: ref {ref.get('ref_id')} has ann_id {ref.get('ann_id')!r}, not in {instances}")
-        annotation = by_id[ref["ann_id"]]
+        if (annotation := by_id.get(field_of(path, "ref", ref, "ann_id", int))) is None:
+            raise ValueError(f"{path}: ref {ref.get('ref_id')} has ann_id {ref['ann_id']}, not in {instances}")
         row = row_of(instances, annotation, rows)
         box = try_box(instances, annotation, images[row], skipped) if row >= 0 else None
         for sentence in field_of(path, "ref", ref, "sentences", list):
@@ -136,7 +135,7 @@ def _read_pickle(path: str) -> list[dict[str, Any]]:
     try:
         # Written by Python 2, whose strings are bytes: those that are used (`sent`, names, splits) are ASCII.
         refs = _PlainUnpickler(io.BytesIO(files.read_bytes(path)), encoding="latin-1").load()
-    except (pickle.UnpicklingError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # damaged pickles raise a whole zoo, and claim more bytes than any memory has
         raise ValueError(f"{path}: refused as a pickle of refs: {error}") from error
     if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
         raise ValueError(f"{path}: expected a list of refs, found {type(refs).__name__}")
