@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from transformers.utils import logging
 
 from opencloc.model import towers
 
@@ -63,7 +65,7 @@ def load_weights(load: Callable[..., Any], path: str | Path, *args: Any, **optio
         raise ValueError(f"{path}: there is no model.safetensors{also}")
     options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     options["ignore_mismatched_sizes"] = True  # they are refused below, by name
-    with naming(path):
+    with naming(path), _without_report():
         model, info = load(name, *args, **options)
     for what, key in (("misshapen", "mismatched_keys"), ("missing", "missing_keys"), ("unexpected", "unexpected_keys")):
         names = sorted(n if isinstance(n, str) else n[0] for n in info.get(key) or ())
@@ -156,11 +158,20 @@ def naming(path: str | Path) -> Iterator[None]:
     except ImportError:  # a library that is not installed: the message says which
         raise
     except Exception as error:  # each library has its own, tokenizers raises plain Exceptions
-        if isinstance(error, OSError) and not Path(path).is_dir():
-            raise  # of the hub
-        broken = _broken_file(Path(path))
-        reason = broken or " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(reason if reason.startswith(str(path)) else f"{path}: {reason}") from error
+        reason = _broken_file(Path(path)) or " ".join(str(error).split())[:300] or type(error).__name__
+        kind = OSError if isinstance(error, OSError) and not Path(path).is_dir() else ValueError  # of the hub
+        raise kind(reason if reason.startswith(str(path)) else f"{path}: {reason}") from error
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Keeps transformers from printing a table of the weights that do not fit, which our error names."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _broken_file(folder: Path) -> str | None:
@@ -172,9 +183,11 @@ def _broken_file(folder: Path) -> str | None:
                     pass
             elif not isinstance(json.loads(file.read_bytes()), dict):
                 return f"{file.name} is not a JSON object"
+            elif file.name == "tokenizer.json":
+                Tokenizer.from_file(str(file))
         except RecursionError:
             return f"{file.name} is nested too deep"
-        except Exception as error:  # safetensors has its own
+        except Exception as error:  # safetensors and tokenizers have their own
             return f"{file.name} is broken: {error}"
     return None
 

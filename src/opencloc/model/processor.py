@@ -100,14 +100,13 @@ class ClocProcessor(ProcessorMixin):
         Raises ValueError as `loading` does.
         """
         config = loading.load_config(path)
-        towers.check_family(config)
-        preprocessor = _preprocessor_config(path)
-        options: dict[str, Any] = {}
-        if not preprocessor.get("do_normalize", True):
-            options = {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
-        elif "image_mean" in preprocessor:
-            options = {"image_mean": preprocessor["image_mean"], "image_std": preprocessor["image_std"]}
-        return cls.for_towers(config, loading.load_tokenizer(path), path, **options)
+        with loading.naming(path):
+            towers.check_family(config)
+            settings = _image_settings(path)
+            options: dict[str, Any] = {name: settings[name] for name in ("image_mean", "image_std") if name in settings}
+            if not settings.get("do_normalize", True):
+                options = {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
+            return cls.for_towers(config, loading.load_tokenizer(path), path, **options)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> ClocProcessor:
@@ -254,7 +253,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
     )
 
 
-def _preprocessor_config(path: str | Path) -> dict[str, Any]:
+def _image_settings(path: str | Path) -> dict[str, Any]:
     """The image processor's settings of a checkpoint, whichever of transformers' two files holds them."""
     for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
