@@ -10,7 +10,8 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-LINK = re.compile(r"(?<=\]\()(?:\.\./)+[^)#\s]+")
+LINK = re.compile(r"(?<=\]\()(?:\.\./)+[^)#\s]+")  # out of docs/
+ANY_LINK = re.compile(r"(?<=\]\()[^)#\s:]+")
 
 
 def target(page: str, link: str) -> str | None:
@@ -20,12 +21,22 @@ def target(page: str, link: str) -> str | None:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds every file that some page links to."""
+    """Adds every file that some page links to, and what those link to in turn."""
+
+    def add(path: str) -> None:
+        if files.get_file_from_path(path) is not None:
+            return
+        files.append(File(path, str(ROOT), config.site_dir, config.use_directory_urls))
+        if path.endswith(".md"):
+            for link in ANY_LINK.findall((ROOT / path).read_text()):
+                beside = posixpath.normpath(posixpath.join(posixpath.dirname(path), link))
+                if (ROOT / beside).is_file():
+                    add(beside)
+
     for page in list(files.documentation_pages()):
         for link in LINK.findall(page.content_string):
-            path = target(page.src_uri, link)
-            if path is not None and files.get_file_from_path(path) is None:
-                files.append(File(path, str(ROOT), config.site_dir, config.use_directory_urls))
+            if (path := target(page.src_uri, link)) is not None:
+                add(path)
     return files
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
@@ -34,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"opencloc: there is no verb {' '.join(arguments[:2])!r}\n\n{usage()}", file=sys.stderr)
         return 2
     try:
-        return VERBS[verb](arguments[len(verb.split()) :]) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"opencloc {verb}: {message}", file=sys.stderr)
+            return VERBS[verb](arguments[len(verb.split()) :]) or 0
     except KeyboardInterrupt:
         print("opencloc: interrupted", file=sys.stderr)
         return 130
@@ -65,8 +68,8 @@ def usage() -> str:
 
 
 def _train(arguments: list[str]) -> int | None:
-    """Pre-train a model: opencloc train PRESET|CONFIG.json [--field value ...]"""
-    from opencloc.config import TrainConfig, from_json
+    """Train a model: opencloc train PRESET|CONFIG.json [--field value ...]"""
+    from opencloc.config import TrainConfig, from_json, from_scratch_left_out
     from opencloc.presets import PRESETS
     from opencloc.train.loop import Interrupted, train
 
@@ -75,22 +78,25 @@ def _train(arguments: list[str]) -> int | None:
         for name, preset in PRESETS.items():
             print(f"  {name:<12} {(preset.__doc__ or '').splitlines()[0]}")
         print(
-            "\nopencloc train PRESET --help lists all fields.  --loss.region-weight 0 trains the CLIP baseline.\n"
-            "Running the same command again goes on where the run stopped."
+            "\nopencloc train PRESET --help lists all fields.  --loss.region-weight 0 trains the CLIP baseline,\n"
+            "--model.init-from FOLDER starts from a CLIP.  The same command again goes on where the run stopped."
         )
         return 0
     first, rest = arguments[0], arguments[1:]
     if first in PRESETS:
         default = PRESETS[first]()
     elif Path(first).suffix == ".json":
-        default = from_json(TrainConfig, Path(first).read_text(), first)
+        default = from_json(TrainConfig, Path(first).read_bytes(), first)
     else:
         raise ValueError(f"{first!r} is neither a preset ({', '.join(PRESETS)}) nor a .json configuration")
+    if any(argument.replace("_", "-").startswith("--model.init-from") for argument in rest):
+        default = from_scratch_left_out(default)
     config = _parse(TrainConfig, rest, f"train {first}", default=default)
     try:
         model = train(config)
         if os.environ.get("RANK", "0") == "0":  # under torchrun one of them says it
             print(model)
+            print(f"{config.steps:,} steps of {config.batch_size:,} images; how they went is in {config.out}/log.jsonl")
     except Interrupted as stop:
         print(f"opencloc train: {stop}", file=sys.stderr)
         return 130

@@ -1,32 +1,47 @@
-"""Configuration of a training run: frozen dataclasses, validated on construction, strict JSON round trip.
+"""Configuration of a training run: frozen dataclasses, checked whether made in Python, read from JSON or by the CLI.
 
-Owns what a run is made of and nothing of how it is done.  The command line is made from these classes, and its help
-from their docstrings; presets (`opencloc.presets`) are functions that return a complete `TrainConfig`.
+The command line is made from these classes, and its help from their docstrings.  Presets (`opencloc.presets`) are
+functions that return a complete `TrainConfig`.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # typing's, with what pydantic needs of it
 
 Config = TypeVar("Config")
 
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Whole = Annotated[int, Field(ge=0, lt=2**31)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
-def _check(condition: bool, name: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+MAY_CHANGE = "may change on resuming"  # marks fields that say where and how a run goes, not what it computes
+FROM_SCRATCH = "only from scratch"  # marks fields that a checkpoint to start from has its own values of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strict:
-    """Base of all configuration classes: JSON with an unknown or mistyped field is an error."""
+    """Base of configuration classes: unknown fields, other types, values out of range, NaN and infinity are errors.
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+    Ranges are pydantic's constraints in the annotations.  A subclass with checks of its own calls this one's first.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    def __post_init__(self) -> None:
+        try:
+            _adapter(type(self)).validate_python(vars(self))
+        except ValidationError as error:
+            raise ValueError("; ".join(_problems(error, f"{type(self).__name__}."))) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,34 +49,34 @@ class ModelConfig(Strict):
     """The model: towers from scratch (sizes below) or from a checkpoint (`init_from`), and the region parts."""
 
     init_from: str | None = None
-    """Folder or hub id of a CLIP, SigLIP, SigLIP 2 or CLOC checkpoint to start from.  Sizes are then its own,
-    and of a CLOC checkpoint the region parts too."""
-    family: Literal["clip", "siglip", "siglip2"] = "clip"
+    """Folder or hub id of a CLIP, SigLIP, SigLIP 2 or CLOC checkpoint to start from.  It brings its own sizes and
+    tokenizer, which then cannot be given here, and a CLOC checkpoint its region parts too."""
+    family: Annotated[Literal["clip", "siglip", "siglip2"], FROM_SCRATCH] = "clip"
     """Which towers to build from scratch."""
-    image_size: int = 224
+    image_size: Annotated[Count, FROM_SCRATCH] = 224
     """Side of the square image in pixels."""
-    patch_size: int = 16
+    patch_size: Annotated[Count, FROM_SCRATCH] = 16
     """Side of a patch in pixels."""
-    vision_width: int = 768
-    vision_layers: int = 12
-    vision_heads: int = 12
-    text_width: int = 512
-    text_layers: int = 12
-    text_heads: int = 8
-    text_length: int = 77
+    vision_width: Annotated[Count, FROM_SCRATCH] = 768
+    vision_layers: Annotated[Count, FROM_SCRATCH] = 12
+    vision_heads: Annotated[Count, FROM_SCRATCH] = 12
+    text_width: Annotated[Count, FROM_SCRATCH] = 512
+    text_layers: Annotated[Count, FROM_SCRATCH] = 12
+    text_heads: Annotated[Count, FROM_SCRATCH] = 8
+    text_length: Annotated[int, Field(ge=4, lt=2**31), FROM_SCRATCH] = 77
     """Most tokens of a text, start and end included."""
-    embed_dim: int = 512
+    embed_dim: Annotated[Count, FROM_SCRATCH] = 512
     """Width of the joint embedding (SigLIP towers: their vision width)."""
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, FROM_SCRATCH] = None
     """Folder or hub id of a tokenizer.  None: one is trained on the texts of the training data."""
-    vocab_size: int = 49408
-    """Most entries of a tokenizer trained on the data."""
+    vocab_size: Annotated[int, Field(ge=300, lt=2**31), FROM_SCRATCH] = 49408
+    """Most entries of a tokenizer trained on the data (256 bytes and more)."""
     prompter: Literal["cross", "encoder", "roi", "pool"] = "cross"
     """Form of the Prompter; `encoder` is the published one, `roi` the RoIAlign baseline, `pool` the tower's own pooling
     restricted to the region (no text prompts, no weights)."""
-    prompter_heads: int = 4
+    prompter_heads: Count = 4
     """Attention heads of the cross Prompter."""
-    prior_slope: float | None = 1.5
+    prior_slope: Annotated[float, Field(ge=-10, le=10)] | None = 1.5
     """Initial log slope of the soft spatial prior of the cross Prompter; None: no prior."""
     shared_positions: bool = True
     """Patches carry the same position basis as the prompts."""
@@ -71,19 +86,20 @@ class ModelConfig(Strict):
     """Attention kernel of the towers: torch's fused one, or plain softmax."""
 
     def __post_init__(self) -> None:
-        _check(
-            self.patch_size > 0 and self.image_size % self.patch_size == 0,
-            "model.image_size",
-            self.image_size,
-            f"a multiple of model.patch_size ({self.patch_size})",
-        )
+        super().__post_init__()
+        if self.init_from is not None and (given := changed_fields(ModelConfig(), self, only=FROM_SCRATCH)):
+            names = ", ".join(f"model.{name}" for name in given)
+            raise ValueError(f"model.init_from brings its own sizes and tokenizer; leave out {names}")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"model.image_size must be a multiple of model.patch_size ({self.patch_size}), got {self.image_size}"
+            )
         for side, width, heads in (
             ("vision", self.vision_width, self.vision_heads),
             ("text", self.text_width, self.text_heads),
         ):
-            _check(heads > 0 and width % heads == 0, f"model.{side}_heads", heads, f"a divisor of {width}")
-        _check(self.text_length >= 4, "model.text_length", self.text_length, "at least 4")
-        _check(self.vocab_size >= 300, "model.vocab_size", self.vocab_size, "at least 300 (256 bytes and more)")
+            if width % heads:
+                raise ValueError(f"model.{side}_heads must be a divisor of {width}, got {heads}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,34 +109,29 @@ class DataConfig(Strict):
     train: tuple[str, ...] = ("scenes:rich",)
     """Sources: `scenes:rich?num_things=120`, `shards:DIR/{00000..00099}.tar?sidecar=vesl`, `coco:DIR?split=train`,
     `folder:DIR`, `mosaic:DIR?grid=2-3`; or a bare path."""
-    weights: tuple[float, ...] = ()
+    weights: tuple[Positive, ...] = ()
     """Share of each source; none: equal shares."""
-    num_regions: int = 4
+    num_regions: Count = 4
     """M, regions sampled per image (paper: 4)."""
-    num_workers: int = 1
+    num_workers: Annotated[Whole, MAY_CHANGE] = 1
     """Loader processes of every rank; 0 loads in the training process."""
-    lanes: int = 16
+    lanes: Count = 16
     """Stretches of an epoch read at once: of tars, at least as many are in use, and as many ranks can read different
     ones.  On several machines a multiple of their number, and a divisor of batch_size."""
-    patch_dropout: float = 0.0
+    patch_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of every image's patches, drawn anew each time, that training leaves out (FLIP, Li et al. 2023): cheaper
     steps that learn less each.  Regions of few patches may lose them all.  Not with the roi Prompter."""
-    max_skipped_share: float = 0.05
+    max_skipped_share: Annotated[Share, MAY_CHANGE] = 0.05
     """Share of unusable samples (broken image, missing shard, no label, ...) past which the run stops."""
 
     def __post_init__(self) -> None:
-        _check(len(self.train) > 0, "data.train", self.train, "at least one source")
-        _check(
-            not self.weights or (len(self.weights) == len(self.train) and min(self.weights) > 0),
-            "data.weights",
-            self.weights,
-            f"empty, or a positive number for each of the {len(self.train)} sources",
-        )
-        _check(self.num_regions >= 1, "data.num_regions", self.num_regions, ">= 1")
-        _check(self.num_workers >= 0, "data.num_workers", self.num_workers, ">= 0")
-        _check(self.lanes >= 1, "data.lanes", self.lanes, ">= 1")
-        _check(0 <= self.patch_dropout < 1, "data.patch_dropout", self.patch_dropout, "in [0, 1)")
-        _check(0 <= self.max_skipped_share <= 1, "data.max_skipped_share", self.max_skipped_share, "in [0, 1]")
+        super().__post_init__()
+        if not self.train:
+            raise ValueError("data.train must name at least one source")
+        if self.weights and len(self.weights) != len(self.train):
+            raise ValueError(
+                f"data.weights must be empty or a number for each of the {len(self.train)} sources, got {self.weights}"
+            )
 
     def kept_patches(self, num_patches: int) -> int:
         """How many of an image's patches are left by `patch_dropout`: at least one."""
@@ -131,21 +142,16 @@ class DataConfig(Strict):
 class LossConfig(Strict):
     """Weights and forms of the losses."""
 
-    region_weight: float = 1.0
+    region_weight: NotNegative = 1.0
     """Factor of lambda; 0 trains a plain CLIP: no region is prompted at all."""
-    grounding_weight: float = 1.0
+    grounding_weight: NotNegative = 1.0
     """Factor of the grounding loss beside the region-text loss; 0 leaves it out."""
     conflict_filter: Literal["similar", "identical", "none"] = "similar"
     """Which region texts are no negatives: similar ones too (published), identical ones only, or none at all."""
-    conflict_threshold: float = 0.9
+    conflict_threshold: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Cosine above which two region texts count as similar (published value)."""
     grounding: Literal["l1_giou", "squared"] = "l1_giou"
     """Box regression: (5 L1 + 2 (1 - GIoU)) / 7, or the published squared error."""
-
-    def __post_init__(self) -> None:
-        _check(self.region_weight >= 0, "loss.region_weight", self.region_weight, ">= 0")
-        _check(self.grounding_weight >= 0, "loss.grounding_weight", self.grounding_weight, ">= 0")
-        _check(0 < self.conflict_threshold <= 1, "loss.conflict_threshold", self.conflict_threshold, "in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,78 +160,88 @@ class OptimConfig(Strict):
 
     name: Literal["adamw", "muon"] = "adamw"
     """`muon`: AdamW for all but the matrices of the transformer layers, which take orthogonalized steps."""
-    lr: float = 5e-4
+    lr: Positive = 5e-4
     """Peak learning rate."""
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-6
-    weight_decay: float = 0.2
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.98
+    eps: Positive = 1e-6
+    weight_decay: NotNegative = 0.2
     """Applied to matrices only, not to biases, norms, scales and embeddings of positions."""
-    warmup_steps: int = 2000
-    grad_clip: float = 1.0
+    warmup_steps: Whole = 2000
+    grad_clip: Positive = 1.0
     """Largest norm of the gradient; larger ones are scaled down."""
-
-    def __post_init__(self) -> None:
-        _check(self.lr > 0, "optim.lr", self.lr, "> 0")
-        _check(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, ">= 0")
-        _check(self.grad_clip > 0, "optim.grad_clip", self.grad_clip, "> 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Strict):
     """A whole training run."""
 
-    out: str = "runs/train"
+    out: Annotated[str, Field(min_length=1), MAY_CHANGE] = "runs/train"
     """Folder of the run: config.json, log.jsonl, checkpoints/, model/.  Running again resumes there."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    steps: int = 439_087
-    batch_size: int = 32_768
+    steps: Count = 439_087
+    batch_size: Count = 32_768
     """Images per step: the contrastive batch, whole whatever `micro_batch_size` and the number of ranks."""
-    micro_batch_size: int | None = None
+    micro_batch_size: Count | None = None
     """Images per forward and backward pass of a rank; None: its whole share of the batch at once."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast type of the forward pass; weights and losses are always fp32.  `auto`: bf16 where the hardware has it
     (GPUs; CPUs with AVX512-BF16 or AMX), fp32 elsewhere: emulated bf16 is a hundred times slower."""
-    compile: bool = False
+    compile: Annotated[bool, MAY_CHANGE] = False
     """Compile the towers' layers and the Prompter with torch.compile: faster steps after minutes of compilation."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Annotated[bool, MAY_CHANGE] = False
     """Keep no activations inside the towers' layers and compute them again in the backward pass: a third more work,
     far less memory."""
-    sharding: Literal["ddp", "fsdp"] = "ddp"
+    sharding: Annotated[Literal["ddp", "fsdp"], MAY_CHANGE] = "ddp"
     """Under torchrun: every rank holds the whole model (`ddp`), or its share of every matrix and of the optimizer's
     state (`fsdp`).  The result is the same."""
-    device: str = "auto"
+    device: Annotated[str, MAY_CHANGE] = "auto"
     """`auto` (cuda if there is one), `cpu`, `cuda`, `cuda:1`, ...  Under torchrun each rank takes its own GPU."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the weights, the order of samples and all sampling."""
-    log_every: int = 10
+    log_every: Annotated[Count, MAY_CHANGE] = 10
     """Steps between lines of log.jsonl."""
-    checkpoint_every: int = 1000
+    checkpoint_every: Annotated[Count, MAY_CHANGE] = 1000
     """Steps between checkpoints; the last step always makes one."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[Count, MAY_CHANGE] = 2
     """How many of the newest checkpoints stay."""
-    tensorboard: bool = False
+    tensorboard: Annotated[bool, MAY_CHANGE] = False
     """Also write TensorBoard events (needs the extra `tensorboard`)."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
-        _check(
-            self.optim.name != "muon" or self.sharding == "ddp",
-            "optim.name",
-            self.optim.name,
-            "adamw where sharding is fsdp: muon needs whole matrices",
-        )
-        if self.micro_batch_size is not None:
-            _check(
-                self.micro_batch_size >= 1 and self.batch_size % self.micro_batch_size == 0,
-                "micro_batch_size",
-                self.micro_batch_size,
-                f"a divisor of batch_size ({self.batch_size})",
+        super().__post_init__()
+        if self.optim.name == "muon" and self.sharding == "fsdp":
+            raise ValueError("optim.name must be adamw where sharding is fsdp: muon needs whole matrices")
+        if self.batch_size % (self.micro_batch_size or 1):
+            raise ValueError(
+                f"micro_batch_size must be a divisor of batch_size ({self.batch_size}), got {self.micro_batch_size}"
             )
+
+
+def changed_fields(old: Config, new: Config, *, only: str | None = None, but: str | None = None) -> dict[str, str]:
+    """Dotted name -> "OLD there, NEW asked for" of every field that differs between two configurations of one class.
+
+    `only`, `but`: no fields but those so marked, all but those so marked.
+    """
+    hints, changed = get_type_hints(type(old), include_extras=True), {}
+    for name in (f.name for f in fields(old)):  # pyright: ignore[reportArgumentType]
+        a, b, marks = getattr(old, name), getattr(new, name), getattr(hints[name], "__metadata__", ())
+        if is_dataclass(a):
+            inner = changed_fields(a, b, only=only, but=but)
+            changed |= {f"{name}.{key}": value for key, value in inner.items()}
+        elif a != b and (only is None or only in marks) and but not in marks:
+            changed[name] = f"{a!r} there, {b!r} asked for"
+    return changed
+
+
+def from_scratch_left_out(config: TrainConfig) -> TrainConfig:
+    """The configuration without what `model.init_from` brings: a preset's sizes are those of its model from scratch."""
+    hints = get_type_hints(ModelConfig, include_extras=True)
+    fixed = [f for f in fields(ModelConfig) if FROM_SCRATCH in getattr(hints[f.name], "__metadata__", ())]
+    return replace(config, model=replace(config.model, **{f.name: f.default for f in fixed}))
 
 
 def to_json(config: Any) -> str:
@@ -233,7 +249,7 @@ def to_json(config: Any) -> str:
     return json.dumps(asdict(config), indent=2) + "\n"
 
 
-def from_json(kind: Callable[..., Config], text: str, where: str | Path) -> Config:
+def from_json(kind: Callable[..., Config], text: str | bytes, where: str | Path) -> Config:
     """A configuration of class `kind` from JSON; `where` names the file in errors.
 
     Raises ValueError naming every unknown field and every value of the wrong type or out of range.
@@ -241,7 +257,27 @@ def from_json(kind: Callable[..., Config], text: str, where: str | Path) -> Conf
     try:
         return TypeAdapter(kind).validate_json(text)  # pyright: ignore[reportArgumentType, reportReturnType]
     except ValidationError as error:
-        lines = [
-            f"  {'.'.join(map(str, e['loc'])) or '(file)'}: {e['msg']} (got {e['input']!r})" for e in error.errors()
-        ]
-        raise ValueError(f"{where}: not a valid {getattr(kind, '__name__', kind)}:\n" + "\n".join(lines)) from None
+        lines = "\n".join(f"  {line}" for line in _problems(error))
+        raise ValueError(f"{where}: not a valid {getattr(kind, '__name__', kind)}:\n{lines}") from None
+
+
+@functools.cache
+def _adapter(kind: type) -> Any:  # a `TypeAdapter`, which the checker of the tests does not know
+    """What checks the fields of a configuration class, given as a dictionary."""
+    hints = get_type_hints(kind, include_extras=True)
+    checked = TypedDict(kind.__name__, {f.name: hints[f.name] for f in fields(kind)})  # pyright: ignore
+    checked.__pydantic_config__ = kind.__pydantic_config__  # pyright: ignore
+    return TypeAdapter(checked)
+
+
+def _problems(error: ValidationError, prefix: str = "") -> list[str]:
+    """A line for every field that is wrong: its name, what is allowed, what it is."""
+    lines = []
+    for e in error.errors():
+        name, got = prefix + ".".join(map(str, e["loc"])), repr(e["input"])
+        message = e["msg"].removeprefix("Value error, ").replace("Input should", "must")
+        if e["type"] in ("value_error", "json_invalid"):  # these say themselves what there is
+            lines.append(message)
+        else:
+            lines.append(f"{name or 'the file'}: {message}, got {got if len(got) < 80 else f'{got[:77]}...'}")
+    return lines

@@ -29,10 +29,13 @@ LINE_EVERY_S = 30.0  # between lines in a file or pipe
 
 class Meter:
     """A counter that is shown.  A context manager; `advance` counts, `total` may be None for unknown,
-    and may be set when it is known better."""
+    and may be set when it is known better.
 
-    def __init__(self, what: str, total: int | None, *, unit: str = "images") -> None:
-        self.what, self.total, self.unit, self.done = what, total, unit, 0
+    `start` were done before: the rate and the time left are of the rest.  `note` is shown behind the figures.
+    """
+
+    def __init__(self, what: str, total: int | None, *, unit: str = "images", start: int = 0) -> None:
+        self.what, self.total, self.unit, self.done, self.note = what, total, unit, start, ""
         console = Console(stderr=True)
         columns = (
             TextColumn("{task.description}"),
@@ -40,10 +43,12 @@ class Meter:
             MofNCompleteColumn(),
             _Rate(unit),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
         )
         self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task(what, total=total)
+        self._task = self._bar.add_task(what, total=total, completed=start, note="")
         self._lines = not console.is_terminal
+        self._first = start
         self._start = self._said = time.monotonic()
         self._wait_s = QUIET_S
 
@@ -57,19 +62,21 @@ class Meter:
     def advance(self, count: int = 1) -> None:
         """Counts, and shows it."""
         self.done += count
-        self._bar.update(self._task, completed=self.done, total=self.total)
+        self._bar.update(self._task, completed=self.done, total=self.total, note=self.note)
         now = time.monotonic()
         if self._lines and now - self._said >= self._wait_s:
             self._said, self._wait_s = now, LINE_EVERY_S
             print(self._line(now - self._start), file=sys.stderr, flush=True)
 
     def _line(self, elapsed_s: float) -> str:
-        rate = self.done / elapsed_s
+        rate = (self.done - self._first) / elapsed_s
         of = "" if self.total is None else f" of {self.total:,}"
         left = ""
         if self.total is not None and rate > 0:
             left = f", {_duration((self.total - self.done) / rate)} left"
-        return f"{self.what}: {self.done:,}{of} {self.unit}, {rate:,.1f}/s{left}"
+        return f"{self.what}: {self.done:,}{of} {self.unit}, {rate:,.1f}/s{left}" + (
+            f"; {self.note}" if self.note else ""
+        )
 
 
 def track(items: Iterable[T], what: str, *, total: int | None = None, unit: str = "images") -> Iterator[T]:

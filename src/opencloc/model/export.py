@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, normalizers
 
 from opencloc import files
+from opencloc.images import MEAN_RGB
 from opencloc.model import towers
 from opencloc.model.cloc import ClocModel
 from opencloc.model.processor import ClocProcessor, save_tokenizer
 
+PAD_RGB = tuple(round(255 * mean) for mean in MEAN_RGB)  # the letterbox's bars
 MARK = "opencloc-export"  # among the README's tags: how an export is told from a folder that must not be replaced
 
 
@@ -86,14 +90,15 @@ def _image_processor(config: Any, processor: ClocProcessor) -> dict[str, dict[st
     use it) reads the other file, whose CLIPImageProcessor cannot pad.
     """
     side = processor.image_size
+    factor = _colour_factor(processor.image_mean)
     common = {
         "do_resize": True,
         "resample": int(Image.Resampling.BICUBIC),
         "do_rescale": True,
-        "rescale_factor": 1 / 255,
+        "rescale_factor": factor / 255,
         "do_normalize": True,
-        "image_mean": list(processor.image_mean),
-        "image_std": list(processor.image_std),
+        "image_mean": [factor * mean for mean in processor.image_mean],
+        "image_std": [factor * std for std in processor.image_std],
         "do_convert_rgb": True,
     }
     if config.model_type == "siglip2":
@@ -126,17 +131,29 @@ def _image_processor(config: Any, processor: ClocProcessor) -> dict[str, dict[st
     }
 
 
+def _colour_factor(mean: Sequence[float]) -> float:
+    """What rescaling, mean and deviation are all multiplied by, which changes no pixel: it makes the bars right.
+
+    Others pad with `int(255 * mean)`, training with `PAD_RGB`, CLIP's mean rounded.  A difference of 1 in 255 is much:
+    a patch of a bar is constant and nearly 0 once normalised, and the towers' layer norms blow that up.  1 where no
+    factor fits (a mean that is not near CLIP's).
+    """
+    low = max(colour / (255 * m) if m else math.inf for colour, m in zip(PAD_RGB, mean, strict=True))
+    high = min((colour + 1) / (255 * m) if m else 0.0 for colour, m in zip(PAD_RGB, mean, strict=True))
+    return (low + high) / 2 if low < high else 1.0
+
+
 def _readme(config: Any, processor: ClocProcessor) -> str:
     side = processor.image_size
     if config.model_type == "siglip2":
         pixels = (
             "transformers' image processor keeps the aspect ratio and does not pad: pad photos to a square first, with "
-            "the colour (123, 117, 104), to give the model what it was trained on."
+            f"the colour {PAD_RGB}, to give the model what it was trained on."
         )
     else:
         pixels = (
             "In transformers 5 the image processor of this folder does that. In version 4 `CLIPImageProcessor` cannot "
-            "pad: pad photos to a square first, with the colour (123, 117, 104)."
+            f"pad: pad photos to a square first, with the colour {PAD_RGB}."
         )
     if config.model_type == "siglip2":
         pixels += (

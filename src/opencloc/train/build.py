@@ -11,8 +11,10 @@ import torch
 from transformers import CLIPConfig, Siglip2Config, SiglipConfig
 
 from opencloc.config import ModelConfig, TrainConfig
+from opencloc.data.sample import Source
 from opencloc.data.sources.spec import open_source
 from opencloc.errors import BadSample
+from opencloc.model import towers
 from opencloc.model.cloc import ClocConfig, ClocModel
 from opencloc.model.loading import load_config, load_tokenizer
 from opencloc.model.processor import ClocProcessor, train_tokenizer
@@ -20,12 +22,15 @@ from opencloc.model.processor import ClocProcessor, train_tokenizer
 TOKENIZER_SAMPLES = 2000  # samples per source whose texts train a tokenizer
 
 
-def build_model(config: TrainConfig, resume_from: Path | None = None) -> tuple[ClocModel, ClocProcessor]:
+def build_model(
+    config: TrainConfig, sources: Sequence[Source] | None = None, resume_from: Path | None = None
+) -> tuple[ClocModel, ClocProcessor]:
     """Model and processor, with weights drawn from `config.seed` where they are new.
 
-    A resumed run takes its processor (and architecture) from its checkpoint; weights are loaded by the caller.
+    `sources`: the training data, which a tokenizer may have to be trained on; None: opened if it has.  A resumed run
+    takes its processor and architecture from its checkpoint; weights are loaded by the caller.
     """
-    model, processor = _build(config, resume_from)
+    model, processor = _build(config, sources, resume_from)
     model.config.regions_trained |= config.loss.region_weight > 0
     model.float()  # weights are fp32 whatever the checkpoint was saved in; `precision` says what is computed in
     model.set_attn_implementation(config.model.attention)
@@ -49,7 +54,17 @@ def apply_options(model: ClocModel, config: TrainConfig) -> None:
             module.compile()
 
 
-def _build(config: TrainConfig, resume_from: Path | None) -> tuple[ClocModel, ClocProcessor]:
+def image_size(config: TrainConfig, resume_from: Path | None) -> int:
+    """Side in pixels of the images that the model of a run takes, known before there is a model."""
+    if (path := resume_from or config.model.init_from) is None:
+        return config.model.image_size
+    found = load_config(path)
+    return towers.image_size(getattr(found, "clip_config", found))
+
+
+def _build(
+    config: TrainConfig, sources: Sequence[Source] | None, resume_from: Path | None
+) -> tuple[ClocModel, ClocProcessor]:
     model_config = config.model
     torch.manual_seed(config.seed)
     if resume_from is not None:
@@ -63,6 +78,7 @@ def _build(config: TrainConfig, resume_from: Path | None) -> tuple[ClocModel, Cl
     if model_config.init_from is not None:
         kind = load_config(model_config.init_from).model_type
         if kind == "cloc":
+            _check_region_parts(model_config, region)
             processor = ClocProcessor.from_pretrained(model_config.init_from)
             return ClocModel.from_pretrained(model_config.init_from), processor
         return ClocModel.from_clip(model_config.init_from, **region), ClocProcessor.from_clip(model_config.init_from)
@@ -70,9 +86,19 @@ def _build(config: TrainConfig, resume_from: Path | None) -> tuple[ClocModel, Cl
     if model_config.tokenizer is not None:
         tokenizer = load_tokenizer(model_config.tokenizer)
     else:
-        tokenizer = train_tokenizer(texts_of(config.data.train), model_config.vocab_size, model_config.text_length)
+        sources = [open_source(spec) for spec in config.data.train] if sources is None else sources
+        tokenizer = train_tokenizer(texts_of(sources), model_config.vocab_size, model_config.text_length)
     clip = tower_config(model_config, tokenizer)
     return ClocModel(ClocConfig(clip_config=clip, **region)), ClocProcessor.for_towers(clip, tokenizer)
+
+
+def _check_region_parts(config: ModelConfig, region: dict[str, Any]) -> None:
+    """Raises ValueError for settings of the region parts that the CLOC checkpoint to start from does not have."""
+    theirs, default = load_config(str(config.init_from)), ModelConfig()
+    given = [n for n in vars(default).keys() & region if region[n] not in (getattr(default, n), getattr(theirs, n))]
+    if given:
+        names = ", ".join(f"model.{name}" for name in sorted(given))
+        raise ValueError(f"{config.init_from} is a CLOC checkpoint with its own region parts; leave out {names}")
 
 
 def tower_config(config: ModelConfig, tokenizer: Any) -> Any:
@@ -108,10 +134,10 @@ def tower_config(config: ModelConfig, tokenizer: Any) -> Any:
     return Siglip2Config(vision_config=vision | {"num_patches": num_patches}, text_config=text)
 
 
-def texts_of(specs: Sequence[str]) -> list[str]:
+def texts_of(sources: Sequence[Source]) -> list[str]:
     """Captions and region texts of the first samples of every source; unusable samples are passed over."""
     texts: list[str] = []
-    for source in map(open_source, specs):
+    for source in sources:
         for index in islice(range(TOKENIZER_SAMPLES), source.size):
             try:
                 sample = source[index]

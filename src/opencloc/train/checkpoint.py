@@ -3,62 +3,57 @@
     checkpoints/step_0000500/   config.json model.safetensors + tokenizer and processor files
                                 optimizer.safetensors train_state.json
 
-Only safetensors and JSON are written and read, no pickle.  A checkpoint appears atomically under its name: what
-carries a step's name is whole.
+Only safetensors and JSON are written and read, no pickle.  A checkpoint gets its name when it is complete and on the
+disk.
 
-A sharded run writes the same folder: tensor by tensor the shards are put together in the first rank's memory, which
-writes; reading, every rank takes its own shard of each tensor.  So a checkpoint says nothing of the ranks that made it,
-and any number of them, sharded or not, goes on from it.
+A sharded run writes the same folder: the shards are put together, tensor by tensor, in the memory of the first rank,
+which writes.  When it is read, every rank takes its own shard of each tensor.  So any number of ranks, sharded or not,
+goes on from any checkpoint.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from opencloc import files
 from opencloc.model.cloc import ClocModel
 from opencloc.model.processor import ClocProcessor
 from opencloc.train.distributed import ALONE, Ranks, whole
 
 
 def save_model(
-    folder: Path, model: ClocModel, processor: ClocProcessor, ranks: Ranks = ALONE, **files: Mapping[str, Any]
+    folder: Path, model: ClocModel, processor: ClocProcessor, ranks: Ranks = ALONE, **beside: Mapping[str, Any]
 ) -> None:
     """Writes model and processor to `folder`, atomically, replacing what was there; every rank has to call it.
 
-    `files`: name -> dict of tensors (`optimizer`, as safetensors) or anything else (JSON), written beside them.
+    `beside`: name -> dict of tensors (`optimizer`, as safetensors) or anything else (JSON), written beside them.
     """
     weights = _whole_tensors(model.state_dict(), ranks)
-    files = {name: _whole_tensors(f, ranks) if name == "optimizer" else f for name, f in files.items()}
+    beside = {name: _whole_tensors(f, ranks) if name == "optimizer" else f for name, f in beside.items()}
     if not ranks.is_first:
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, state_dict=weights)
-    processor.save_pretrained(partial)
-    for name, content in files.items():
-        if name == "optimizer":
-            save_file(dict(content), partial / "optimizer.safetensors")
-        else:
-            (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        os.replace(folder, old)
-        os.replace(partial, folder)
-        shutil.rmtree(old)
-    else:
-        os.replace(partial, folder)
+    try:
+        with files.new_folder(folder) as partial:
+            model.save_pretrained(partial, state_dict=weights)
+            processor.save_pretrained(partial)
+            for name, content in beside.items():
+                if name == "optimizer":
+                    save_file(dict(content), partial / "optimizer.safetensors")
+                else:
+                    files.write_json(partial / f"{name}.json", content)
+    except SafetensorError as error:  # what a full disk is to safetensors
+        raise OSError(f"{folder} cannot be written: {error}") from error
 
 
 def save_checkpoint(
@@ -72,21 +67,54 @@ def save_checkpoint(
     keep: int,
     ranks: Ranks = ALONE,
 ) -> Path:
-    """Writes the state after `step` steps and removes all but the newest `keep` checkpoints."""
+    """Writes the state after `step` steps and removes all but the newest `keep` checkpoints.
+
+    Raises FloatingPointError on all ranks, and writes nothing, if a weight is NaN or infinite.
+    """
+    local = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    if not all(ranks.gather_json(bool(torch.stack([p.detach().isfinite().all() for p in local]).all()))):
+        raise FloatingPointError(f"weights are not finite after step {step}: no checkpoint is written")
     folder = root / f"step_{step:07d}"
     tensors = _optimizer_tensors(model, optimizer)
     save_model(folder, model, processor, ranks, optimizer=tensors, train_state=state)
     if ranks.is_first:
         for old in list_checkpoints(root)[:-keep]:
-            shutil.rmtree(old)
-        for leftover in root.glob(".*"):  # of a process that was killed while it wrote
-            shutil.rmtree(leftover, ignore_errors=True)
+            files.remove_folder(old)
     return folder
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """The whole checkpoints under `root`, oldest first."""
-    return sorted(path for path in root.glob("step_*") if (path / "train_state.json").is_file())
+    """The checkpoints under `root`, oldest first."""
+    return sorted((path for path in root.glob("step_*") if re.fullmatch(r"step_\d+", path.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """How many steps a checkpoint has behind it."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def problem_of(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be read, with the file's name; None if it can, as far as lengths and syntax tell."""
+    for name in ("config.json", "model.safetensors", "optimizer.safetensors", "train_state.json"):
+        if not (checkpoint / name).is_file():
+            return f"{checkpoint / name} is missing"
+    for path in sorted(checkpoint.iterdir()):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.suffix == ".json":
+                json.loads(path.read_bytes())
+        except (ValueError, OSError, SafetensorError) as error:
+            return f"{path} is broken ({error})"
+    return None
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Renames a checkpoint so that it is none any more; its new path."""
+    aside = checkpoint.with_name(f"{checkpoint.name}.broken")
+    shutil.rmtree(aside, ignore_errors=True)
+    return checkpoint.rename(aside)
 
 
 @torch.no_grad()

@@ -1,19 +1,17 @@
-"""Many processes, one run: the ranks torchrun starts, the model spread over them, and what they have to agree on.
+"""Many processes, one run: the ranks that torchrun starts, the model spread over them, and what they agree on.
 
-The model knows nothing of it: DDP or FSDP2 is put around it from outside.  What the losses gather they gather
-themselves (`opencloc.collectives`).  In a single process everything here does nothing.
-
-Nothing is pickled: what ranks tell each other are tensors, or JSON as bytes.
+DDP or FSDP2 is put around the model from outside.  In a single process everything here does nothing.  Nothing is
+pickled: ranks tell each other tensors, or JSON as bytes.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +22,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from opencloc.collectives import gather_rows
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,22 @@ class Ranks:
         padded[0, : len(content)] = content
         rows = gather_rows(padded, self.group)
         return [json.loads(bytes(row[:n].tolist())) for row, n in zip(rows, lengths, strict=True)]
+
+    def from_first(self, do: Callable[[], T]) -> T:
+        """What `do` gives on the first rank, which alone does it: anything JSON can hold.
+
+        Its ValueError or OSError is a ValueError on the other ranks, so that none of them waits in vain.
+        """
+        result, error = None, None
+        if self.is_first:
+            try:
+                result = do()
+            except (ValueError, OSError) as caught:
+                error = caught
+        result, message = self.gather_json([result, None if error is None else str(error)])[0]
+        if message is not None:
+            raise error or ValueError(message)
+        return result
 
     def wait(self) -> None:
         """Returns once all ranks have come here."""
@@ -91,7 +107,7 @@ def _check_restarts() -> None:
     if restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise RuntimeError(
             f"torchrun --max-restarts {restarts} needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment: "
-            "without, restarted ranks find addresses of dead ones and wait for them in vain"
+            "without it, restarted ranks find the addresses of dead ones and wait for them in vain"
         )
 
 

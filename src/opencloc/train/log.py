@@ -1,4 +1,4 @@
-"""What a run reports: log.jsonl always, a progress line for the person watching, TensorBoard if asked for."""
+"""What a run reports: log.jsonl always, progress on stderr, TensorBoard if asked for."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from opencloc.config import TrainConfig
 from opencloc.loss import ClocLoss
 from opencloc.model.cloc import ClocOutput
+from opencloc.progress import Meter
 
 
 class RunLog:
@@ -24,50 +23,40 @@ class RunLog:
     """
 
     def __init__(self, out: Path, config: TrainConfig, *, start: int, quiet: bool = False) -> None:
-        self.out, self.config, self.console, self.quiet = out, config, Console(stderr=True), quiet
+        self.path, self.config, self.start, self.quiet = out / "log.jsonl", config, start, quiet
         self.waited, self.since_step, self.since = 0.0, start, time.perf_counter()
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=self.console,
-            disable=quiet or not self.console.is_terminal,
-        )
-        self.task = self.progress.add_task(out.name, total=config.steps, completed=start, status="")
+        self.meter = Meter(str(out), config.steps, unit="steps", start=start)
         self.tensorboard: Any = None
 
     def __enter__(self) -> RunLog:
         if self.quiet:
             return self
-        self.file = (self.out / "log.jsonl").open("a")
+        self.file = self.path.open("a" if self.start else "w")  # what a run that came to nothing has left goes
         if self.config.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise ValueError("tensorboard=True needs the extra: pip install 'opencloc[tensorboard]'") from error
-            self.tensorboard = SummaryWriter(str(self.out / "tensorboard"))
-        self.progress.start()
+            self.tensorboard = SummaryWriter(str(self.path.with_name("tensorboard")))
+        self.meter.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.quiet:
             return
-        self.progress.stop()
+        self.meter.__exit__()
         self.file.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
 
-    def step(self, step: int, waited: float) -> None:
-        """Notes that a step (counted from 1) is done, and how long it waited for its data in seconds."""
+    def step(self, waited: float) -> None:
+        """Notes that a step is done, and how long it waited for its data in seconds."""
         self.waited += waited
-        self.progress.update(self.task, completed=step)
+        if not self.quiet:
+            self.meter.advance()
 
     def due(self, step: int) -> bool:
-        """Whether the step is one whose record is written: the same answer on every rank."""
+        """Whether the step (counted from 1) is one whose record is written: the same answer on every rank."""
         return step % self.config.log_every == 0 or step == self.config.steps
 
     def write(
@@ -88,17 +77,14 @@ class RunLog:
         record["data_wait"] = round(self.waited / seconds, 4)  # share of the time spent waiting for the loader
         record["skipped"] = dict(skipped)
         self.waited, self.since_step, self.since = 0.0, step, now
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(record, allow_nan=False) + "\n")
+            self.file.flush()
+        except OSError as error:  # a full disk
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         if self.tensorboard is not None:
             for name, value in record.items():
                 if isinstance(value, int | float) and name != "step":
                     self.tensorboard.add_scalar(name, value, step)
         parts = [f"{name} {record[name]:.3f}" for name in ("image_text", "region_text", "grounding") if name in record]
-        status = f"loss {record['total']:.3f} ({', '.join(parts)}) {record['images_per_s']:.0f} images/s"
-        self.progress.update(self.task, status=status)
-        if not self.console.is_terminal:
-            left = (self.config.steps - step) * seconds / steps
-            self.console.print(
-                f"step {step}/{self.config.steps}  {status}  ETA {left:.0f} s", highlight=False, soft_wrap=True
-            )
+        self.meter.note = f"{record['images_per_s']:,.0f} images/s, loss {record['total']:.3f} ({', '.join(parts)})"

@@ -1,4 +1,4 @@
-"""THE training loop: `train(config)` runs a whole pre-training from a configuration, or goes on where it stopped.
+"""The training loop: `train(config)` runs a whole pre-training, or goes on where it stopped.
 
 Read it top to bottom.  The run's folder holds config.json, log.jsonl (one JSON object per logged step), checkpoints/
 and, at the end, model/.  Running the same configuration again resumes from the newest checkpoint; the result equals
@@ -10,47 +10,35 @@ gradients are the whole batch's, and the first rank alone writes (`opencloc.trai
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
-from opencloc.config import LossConfig, TrainConfig, from_json, to_json
+from opencloc import files
+from opencloc.config import LossConfig, TrainConfig, to_json
 from opencloc.data.batch import Batch
 from opencloc.data.sources.spec import open_source
 from opencloc.data.stream import TrainingExamples, check_skipped, training_batches
+from opencloc.devices import choose_device, computes_in_bf16
 from opencloc.loss import ClocLoss, cloc_loss
 from opencloc.model.cloc import ClocOutput
-from opencloc.train.build import build_model
-from opencloc.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, save_model
+from opencloc.train.build import build_model, image_size
+from opencloc.train.checkpoint import load_checkpoint, save_checkpoint, save_model, step_of
 from opencloc.train.distributed import ALONE, Agreement, Ranks, clip_gradients, gradient_sync, process_ranks, spread
+from opencloc.train.folder import run_folder
 from opencloc.train.log import RunLog
 from opencloc.train.optim import learning_rate, make_optimizer
-
-# fields that may differ on resuming: where and how it runs, not what is computed
-FREE = {
-    "out",
-    "data.num_workers",
-    "data.max_skipped_share",
-    "compile",
-    "activation_checkpointing",
-    "sharding",
-    "device",
-    "log_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "tensorboard",
-}
 
 
 class Interrupted(Exception):
@@ -58,39 +46,40 @@ class Interrupted(Exception):
 
 
 def train(config: TrainConfig) -> Path:
-    """Runs (or resumes) the training and returns the folder of the final model.
+    """Runs (or resumes) the training and returns the folder of the final model; a finished run is left as it is.
 
-    Raises ValueError if the folder holds another run's configuration or the batch cannot be shared out among the ranks,
-    `Interrupted` after Ctrl-C or SIGTERM.
+    Raises ValueError if the folder holds another run or is in use, or the batch cannot be shared out among the ranks;
+    FloatingPointError if the loss is no number any more; `Interrupted` after Ctrl-C or SIGTERM.
     """
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    )
-    with process_ranks(device) as (ranks, device):
-        return run(config, ranks, device)
+    with process_ranks(choose_device(config.device)) as (ranks, device), run_folder(config, ranks) as found:
+        final = Path(config.out) / "model"
+        if found != final:
+            run(config, ranks, device, found)
+        elif ranks.is_first:
+            tell(f"{config.out} is finished: nothing is left to do")
+        return final
 
 
-def run(config: TrainConfig, ranks: Ranks, device: torch.device) -> Path:
-    """`train` as one of `ranks`, on `device`."""
+def run(config: TrainConfig, ranks: Ranks, device: torch.device, resume_from: Path | None) -> None:
+    """The training as one of `ranks`, on `device`, from a checkpoint or the beginning."""
     # -- set-up ------------------------------------------------------------------------------------------------------
     out = Path(config.out)
-    if ranks.is_first:
-        claim_folder(out, config)
-    ranks.wait()
+    if ranks.is_first and resume_from is not None:
+        tell(f"resuming {out} from step {step_of(resume_from)} of {config.steps}")
+    elif ranks.is_first:
+        tell(f"training {out}: {config.steps:,} steps of {config.batch_size:,} images on {device}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers and forked workers do not mix
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and has_native_bf16(device))
+    bf16 = computes_in_bf16(config.precision, device)
     if bf16 and device.type == "cuda":  # what stays float32, as the losses do, is multiplied as TF32
         torch.set_float32_matmul_precision("high")
     disable_progress_bar()  # transformers' own, one for every checkpoint
-    checkpoints = out / "checkpoints"
-    newest = [path.name for path in list_checkpoints(checkpoints)][-1:]  # the first rank's word counts
-    resume_from = next((checkpoints / name for name in ranks.gather_json(newest)[0]), None)
 
-    model, processor = build_model(config, resume_from)
+    side = image_size(config, resume_from)
+    sources = [open_source(spec, image_px=side) for spec in config.data.train]
+    model, processor = build_model(config, sources, resume_from)
     model.train()
     model.to(device)  # pyright: ignore[reportArgumentType]
     parallel = spread(model, ranks, config.sharding)  # computes; `model` holds the parameters
-    sources = [open_source(spec, image_px=processor.image_size) for spec in config.data.train]
     num_patches = model.grid[0] * model.grid[1]
     examples = TrainingExamples(
         sources,
@@ -107,7 +96,7 @@ def run(config: TrainConfig, ranks: Ranks, device: torch.device) -> Path:
         state = load_checkpoint(resume_from, model, optimizer)
         step, skipped = state["step"], Counter(state["skipped"] if ranks.is_first else ())
         check_data(state["data"], examples.fingerprint, resume_from)
-        if state.get("labels") not in (None, examples.labels_fingerprint):
+        if ranks.is_first and state.get("labels") not in (None, examples.labels_fingerprint):
             warnings.warn(
                 f"{resume_from}: captions or regions have changed since; the run goes on with them", stacklevel=2
             )
@@ -130,7 +119,10 @@ def run(config: TrainConfig, ranks: Ranks, device: torch.device) -> Path:
         state = {"step": step, "skipped": dict(all_skipped()), "data": examples.fingerprint}
         state["labels"] = examples.labels_fingerprint
         keep = config.keep_checkpoints
-        save_checkpoint(checkpoints, step, model, processor, optimizer, state, keep=keep, ranks=ranks)
+        save_checkpoint(out / "checkpoints", step, model, processor, optimizer, state, keep=keep, ranks=ranks)
+
+    if ranks.is_first:  # all is open now: a start that failed before leaves the folder free
+        files.write_text(out / "config.json", to_json(config))
 
     # -- the loop ----------------------------------------------------------------------------------------------------
     with RunLog(out, config, start=step, quiet=not ranks.is_first) as log, stop_requests(ranks) as stop:
@@ -150,21 +142,22 @@ def run(config: TrainConfig, ranks: Ranks, device: torch.device) -> Path:
             optimizer.zero_grad(set_to_none=True)
             step += 1
 
-            log.step(step, waited)
+            log.step(waited)
             if log.due(step):
+                check_finite(step, loss, grad_norm)
                 total = all_skipped()
                 check_skipped(total, step * config.batch_size, config.data.max_skipped_share)
                 log.write(step, loss, output, grad_norm, lr=lr, skipped=total)
-            if step % config.checkpoint_every == 0 or step == config.steps:
+            stopping = stop.agreed()
+            if stopping or step % config.checkpoint_every == 0 or step == config.steps:
+                check_finite(step, loss, grad_norm)
                 save()
-            if stop.agreed():
-                save()
+            if stopping:
                 raise Interrupted(f"stopped after step {step} of {config.steps}; run the same command again to go on")
 
     # -- the end -----------------------------------------------------------------------------------------------------
     save_model(out / "model", model, processor, ranks)
     ranks.wait()
-    return out / "model"
 
 
 def backward(
@@ -192,7 +185,6 @@ def backward(
     }
     output = ClocOutput(**cached)
     loss = cloc_loss(output, batch.boxes, batch.valid, batch.text_hash, config, ranks.group)
-    check_finite(loss)
     loss.total.backward()
     # every rank has its share of the gradient, and DDP and FSDP take the mean over ranks where a sum is wanted
     gradients = {name: value.grad * ranks.size for name, value in cached.items() if value.grad is not None}
@@ -220,18 +212,16 @@ def fields(output: ClocOutput) -> dict[str, Tensor]:
     return {name: value for name, value in vars(output).items() if value is not None}
 
 
-def has_native_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def check_finite(loss: ClocLoss) -> None:
-    """Raises FloatingPointError if the loss is NaN or infinite (checked on CPU only: a GPU would have to wait)."""
-    if loss.total.device.type == "cpu" and not torch.isfinite(loss.total):
-        parts = {k: v.item() for k, v in vars(loss).items() if v is not None}
-        raise FloatingPointError(f"the loss is not finite: {parts}; lower optim.lr or raise optim.warmup_steps")
+def check_finite(step: int, loss: ClocLoss, grad_norm: Tensor) -> None:
+    """Raises FloatingPointError if the loss of a step or its gradient is NaN or infinite.  Waits for the device."""
+    values = {name: value.item() for name, value in vars(loss).items() if value is not None}
+    values["grad_norm"] = grad_norm.item()
+    if not all(map(math.isfinite, values.values())):
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        raise FloatingPointError(
+            f"the loss is not finite at step {step} ({shown}); start again with a lower optim.lr or more "
+            "optim.warmup_steps"
+        )
 
 
 def check_data(saved: str, now: str, checkpoint: Path) -> None:
@@ -243,32 +233,9 @@ def check_data(saved: str, now: str, checkpoint: Path) -> None:
         )
 
 
-def claim_folder(out: Path, config: TrainConfig) -> None:
-    """Writes config.json, or checks that the run found there is this one.
-
-    Raises ValueError naming every field that differs and may not (`FREE`).
-    """
-    path = out / "config.json"
-    if path.exists():
-        found = from_json(TrainConfig, path.read_text(), path)
-        old, new = flatten(asdict(found)), flatten(asdict(config))
-        changed = [f"{k}: {old[k]!r} there, {new[k]!r} asked for" for k in old if k not in FREE and old[k] != new[k]]
-        if changed:
-            raise ValueError(
-                f"{out} holds a run with another configuration; choose another --out.\n" + "\n".join(changed)
-            )
-    out.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(to_json(config))
-    os.replace(partial, path)
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, keys joined by dots."""
-    flat = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def tell(message: str) -> None:
+    """Says something to the person watching."""
+    print(message, file=sys.stderr, flush=True)
 
 
 class StopRequest:
@@ -286,8 +253,8 @@ class StopRequest:
 def stop_requests(ranks: Ranks) -> Iterator[StopRequest]:
     """Turns Ctrl-C and SIGTERM into a request that the loop reads between steps.
 
-    A second one stops at once, but not under torchrun: it hands on what the ranks have had from the terminal already,
-    and kills by itself what does not end.
+    A second one stops at once.  Not under torchrun, which passes on a signal that the ranks may have had from the
+    terminal already, and which kills the ranks that do not end.
     """
     stop = StopRequest(ranks)
 
