@@ -116,13 +116,15 @@ def check_tokenizer(tokenizer: Any, config: Any, where: str | Path) -> None:
     """
     _check_reads(tokenizer, where)
     vocab_size, length = config.text_config.vocab_size, towers.max_text_length(config)
-    if not 0 <= vocab_size - len(tokenizer) <= max(64, vocab_size // 10):
+    special = set(tokenizer.all_special_tokens)  # which transformers may add, and no text comes to
+    beyond = [token for token, i in tokenizer.get_vocab().items() if i >= vocab_size and token not in special]
+    if beyond or vocab_size - len(tokenizer) > max(64, vocab_size // 10):
         raise ValueError(
             f"{where}: the tokenizer has {len(tokenizer)} entries, the text tower a vocabulary of {vocab_size}: "
             "it is another model's"
         )
-    if tokenizer.pad_token_id is None:
-        raise ValueError(f"{where}: the tokenizer has no padding token")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocab_size:
+        raise ValueError(f"{where}: the tokenizer has no padding token that the text tower knows")
     if towers.pads_to_max_length(config):
         return
     for probe in ("a", "a red dog", "dog " * length):
