@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
 from opencloc.model import towers
@@ -85,7 +86,12 @@ def load_tokenizer(path: str | Path) -> Any:
     name = model_path(path)
     check_tokenizer_files(path)
     with naming(path):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        declared = get_tokenizer_config(name).get("tokenizer_class")
+        # AutoTokenizer would read these files by the class of the model's type: SigLIP 2's splits texts in its own way
+        kind = (
+            PreTrainedTokenizerFast if declared in ("PreTrainedTokenizerFast", "TokenizersBackend") else AutoTokenizer
+        )
+        tokenizer = kind.from_pretrained(name, trust_remote_code=False)
     _check_reads(tokenizer, path)
     return tokenizer
 

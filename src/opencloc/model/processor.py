@@ -25,7 +25,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
 from opencloc.boxes import Letterbox
-from opencloc.images import MEAN_RGB, STD_RGB, letterbox_array
+from opencloc.images import MEAN_RGB, STD_RGB, letterbox_array, open_image
 from opencloc.model import loading, towers
 from opencloc.model.cloc import ClocConfig
 from opencloc.model.packing import PackedTexts, pack
@@ -139,6 +139,7 @@ class ClocProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """`pixel_values` (B, 3, S, S) for images (one or a list), `input_ids` (B, T) for texts (one or a list).
 
+        An image is what `opencloc.images.open_image` takes, turned upright.
         `return_tensors` and `padding` are taken since every processor of transformers takes them: the result is always
         padded torch tensors.  Raises ValueError for an empty text.
         """
@@ -146,8 +147,8 @@ class ClocProcessor(ProcessorMixin):
             raise ValueError("only padded torch tensors are made: return_tensors='pt', padding=True")
         batch: dict[str, Tensor] = {}
         if images is not None:
-            listed = images if isinstance(images, Sequence) else [images]
-            batch["pixel_values"] = self.letterbox(listed)[0]
+            listed = images if isinstance(images, list | tuple) else [images]
+            batch["pixel_values"] = self.letterbox([open_image(image) for image in listed])[0]
         if text is not None:
             batch["input_ids"] = self.tokenize(text)
         return BatchFeature(batch)
@@ -161,7 +162,8 @@ class ClocProcessor(ProcessorMixin):
     def letterbox(self, images: Sequence[Image.Image]) -> tuple[Float[Tensor, "B 3 S S"], list[Letterbox]]:
         """Normalised pixels, and for each image where it lies in the square."""
         squares = [letterbox_array(image, self.image_size) for image in images]
-        pixels = self.normalize(torch.from_numpy(np.stack(squares)))
+        empty = np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
+        pixels = self.normalize(torch.from_numpy(np.stack(squares) if squares else empty))
         return pixels, [Letterbox(width_px=i.width, height_px=i.height) for i in images]
 
     def normalize(self, squares: UInt8[Tensor, "B S S 3"]) -> Float[Tensor, "B 3 S S"]:
@@ -178,6 +180,8 @@ class ClocProcessor(ProcessorMixin):
         Texts are brought to their canonical form first (`opencloc.texts`): NFC, lower case, runs of white space as one
         space.  Raises ValueError for a text that is empty, no string, or holds half a surrogate pair.
         """
+        if not len(texts) and not isinstance(texts, str):
+            return torch.zeros(0, self.max_text_length, dtype=torch.long)
         padding = "max_length" if self.pad_to_max_length else True
         return self._encode(texts, padding=padding, return_tensors="pt")
 

@@ -238,6 +238,8 @@ class PromptEncoder(nn.Module):
             if prompt.text.shape != (self.text_projection.in_features,):
                 shape = tuple(prompt.text.shape)
                 raise ValueError(f"a text embedding has shape ({self.text_projection.in_features},), this one {shape}")
+            if not torch.isfinite(prompt.text).all():
+                raise ValueError("a text embedding that is not finite")
             return self.texts(prompt.text.to(self.corner_kind.device)[None, None])
         raise TypeError(
             f"{prompt!r} is no prompt: ClocModel takes Box, Point, Mask (of a tensor), Text (of an embedding by "
