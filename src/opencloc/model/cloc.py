@@ -226,10 +226,8 @@ class ClocModel(PreTrainedModel):
         config = loading.load_config(path)
         if config.model_type == "cloc":
             raise ValueError(f"{path} is a CLOC checkpoint already: load it with ClocModel.from_pretrained")
-        try:
+        with loading.naming(path):
             towers.check_family(config)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
         clip = loading.load_model(AutoModel, path)
         region_config = {"regions_trained": region_config.get("prompter") == "pool"} | region_config
         return cls(ClocConfig(clip_config=clip.config, **region_config), towers_model=clip)
