@@ -51,6 +51,14 @@ def read_bytes(url: str, start: int = 0, size: int | None = None) -> bytes:
     return fs.cat_file(path, start=start, end=None if size is None else start + size)
 
 
+def read_text(url: str) -> str:
+    """A file of text in UTF-8.  Raises `ValueError` naming it if it is something else."""
+    try:
+        return read_bytes(url).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{url}: not a text in UTF-8 ({error})") from error
+
+
 def write_bytes(url: str | Path, data: bytes) -> None:
     """Writes a whole file: nobody ever sees half of it.  The folder of a local file is made.
 

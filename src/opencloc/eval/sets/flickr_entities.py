@@ -37,7 +37,7 @@ def flickr30k_entities(location: str, *, split: str = "test", images: str | None
     Each phrase of each of an image's sentences is one query, repeats included.
     """
     listing = first_file([f"{location}/{split}.txt"], "split")
-    keys = files.read_bytes(listing).decode().split()
+    keys = files.read_text(listing).split()
     folder = first_folder([images] if images else flickr_folders(location), [f"{key}.jpg" for key in keys])
     skipped: Skipped = Counter()
     items = []
@@ -93,7 +93,7 @@ def _text(element: ElementTree.Element, place: str) -> str:
 def _read_phrases(path: str, skipped: Skipped) -> list[tuple[str, str]]:
     """(chain id, phrase) of every phrase of an image's sentences."""
     phrases = []
-    for chain, kinds, text in _PHRASE.findall(files.read_bytes(path).decode()):
+    for chain, kinds, text in _PHRASE.findall(files.read_text(path)):
         if kinds == "/notvisual":
             skipped[TEXTS, NOT_VISUAL] += 1
         else:

@@ -90,7 +90,7 @@ def _read(name: str, folder: str, names_file: str | None, templates: str) -> Eva
 def _read_names(path: str) -> dict[str, str]:
     """WordNet id -> name, in order; raises `ValueError` naming file and line."""
     names: dict[str, str] = {}
-    for number, line in enumerate(files.read_bytes(path).decode("utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(files.read_text(path).splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
             continue
         class_id, _, text = line.strip().replace("\t", " ").partition(" ")
