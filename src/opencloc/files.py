@@ -56,7 +56,7 @@ def read_text(url: str) -> str:
     try:
         return read_bytes(url).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{url}: not UTF-8 ({error})") from error
+        raise ValueError(f"{url}: not a text in UTF-8 ({error})") from error
 
 
 def write_bytes(url: str | Path, data: bytes) -> None:
