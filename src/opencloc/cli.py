@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("opencloc: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
-            raise  # torch's own subclasses are bugs, not messages
+        if isinstance(error, RuntimeError) and type(error).__name__ not in ("RuntimeError", "OutOfMemoryError"):
+            raise  # torch's other subclasses are bugs, not messages
         from opencloc.errors import redacted
 
         print(f"opencloc {verb}: {redacted(str(error))}", file=sys.stderr)

@@ -17,10 +17,9 @@ def config(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPath
     """Folder and changed fields -> 6 steps of 8 scenes at 32 px."""
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save_pretrained(folder)
-    sizes = {
-        f"{tower}_{size}": n for tower in ("vision", "text") for size, n in (("width", 32), ("layers", 1), ("heads", 2))
-    }
-    model = ModelConfig(image_size=32, patch_size=8, **sizes, text_length=16, embed_dim=16, tokenizer=str(folder))
+    sizes: dict[str, Any] = {"width": 32, "layers": 1, "heads": 2}
+    towers = {f"{tower}_{size}": number for tower in ("vision", "text") for size, number in sizes.items()}
+    model = ModelConfig(image_size=32, patch_size=8, **towers, text_length=16, embed_dim=16, tokenizer=str(folder))
 
     def make(out: Path, **changes: Any) -> TrainConfig:
         fields: dict[str, Any] = {
