@@ -23,8 +23,10 @@ from typing import Any
 
 import filelock
 from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
+from fsspec.core import url_to_fs as fsspec_url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+
+from opencloc.errors import redacted
 
 
 def local_path(url: str) -> str | None:
@@ -39,6 +41,17 @@ def _filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     if (path := local_path(url)) is not None:
         return LocalFileSystem(), os.path.abspath(path)
     return url_to_fs(url)
+
+
+def url_to_fs(url: str) -> tuple[AbstractFileSystem, str]:
+    """The file system of a remote `url`, and the path in it.
+
+    Raises ValueError naming the URL where the package for its kind is not installed (s3fs for `s3://`).
+    """
+    try:
+        return fsspec_url_to_fs(url)
+    except ImportError as error:
+        raise ValueError(f"{redacted(url)}: {error}") from error
 
 
 def read_bytes(url: str, start: int = 0, size: int | None = None) -> bytes:

@@ -388,7 +388,7 @@ def sidecars(world: World, rng: Random) -> None:
         with refusing(path):
             found = read_sidecar(str(path))
             source = open_source(f"folder:{folder}?sidecar=vesl")
-        check(len(found) == pq.ParquetFile(path).metadata.num_rows, "rows neither read nor counted")
+        check(len(found) == pq.read_table(path).num_rows, "rows neither read nor counted")
         for row in found.values():
             check_boxes(row.boxes)
         samples, skipped = take(source, 10)

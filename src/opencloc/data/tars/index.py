@@ -143,7 +143,10 @@ def _count(
             if successes is not None:
                 warnings.warn(f"{stats}: no count that its tar could hold; the tar itself is counted", stacklevel=2)
     if sidecar is not None and files.local_path(url) is None:
-        with contextlib.suppress(OSError, pa.ArrowException), files.open_seekable(sidecar_path(url, sidecar)) as stream:
+        with (
+            contextlib.suppress(OSError, ValueError, pa.ArrowException),
+            files.open_seekable(sidecar_path(url, sidecar)) as stream,
+        ):
             return pq.ParquetFile(stream).metadata.num_rows, {}
     index = index_shard(local_tar(url, version_of(url), cache_gb))  # a listing may write a version in another way
     return len(index.keys), dict(index.problems)
