@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs as fsspec_url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
@@ -43,7 +42,7 @@ def _filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     return url_to_fs(url)
 
 
-def url_to_fs(url: str) -> tuple[AbstractFileSystem, str]:
+def url_to_fs(url: str) -> tuple[Any, str]:  # fsspec has no types
     """The file system of a remote `url`, and the path in it.
 
     Raises ValueError naming the URL where the package for its kind is not installed (s3fs for `s3://`).

@@ -18,7 +18,9 @@ def config(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save_pretrained(folder)
     sizes: dict[str, Any] = {"width": 32, "layers": 1, "heads": 2}
-    towers = {f"{tower}_{size}": number for tower in ("vision", "text") for size, number in sizes.items()}
+    towers: dict[str, Any] = {
+        f"{tower}_{size}": number for tower in ("vision", "text") for size, number in sizes.items()
+    }
     model = ModelConfig(image_size=32, patch_size=8, **towers, text_length=16, embed_dim=16, tokenizer=str(folder))
 
     def make(out: Path, **changes: Any) -> TrainConfig:
