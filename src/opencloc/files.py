@@ -35,7 +35,7 @@ def local_path(url: str) -> str | None:
     return None if "://" in url else url
 
 
-def _filesystem(url: str) -> tuple[AbstractFileSystem, str]:
+def _filesystem(url: str) -> tuple[Any, str]:
     """The file system of `url`, and the path in it (of a local file the absolute one)."""
     if (path := local_path(url)) is not None:
         return LocalFileSystem(), os.path.abspath(path)
