@@ -242,7 +242,7 @@ def specs(world: World, rng: Random) -> None:
     spec = sound[:start] + odd + sound[start + rng.choice((0, 0, 1, 3)) :]
     if "://" in spec:
         spec = sound
-    with refusing(*(part for part in re.split(r"[:?{}*\[\]\0\s]", spec) if len(part) > 3)):
+    with refusing(*(part for part in re.split(r"[:?{}*\[\]\s]|[^ -~]", spec) if len(part) > 3)):
         source = open_source(spec)
     try:
         sample = source[0]
