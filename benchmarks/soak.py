@@ -48,21 +48,26 @@ class Disturbed:
     """The run that is killed, and what happened to it."""
 
     config: Path
-    log: Path  # what it prints, a line per step
+    log: Path  # what it prints
     events: list[dict[str, Any]] = field(default_factory=list)
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
-    printed: int = 0  # bytes of the log when it was started
+    before: int = 0  # bytes of its log.jsonl when it was started
+
+    def logged(self) -> int:
+        """Bytes of its log.jsonl, which gets a line per step."""
+        path = self.config.with_suffix("") / "log.jsonl"
+        return path.stat().st_size if path.exists() else 0
 
     def start(self, num_workers: int) -> None:
-        self.printed = self.log.stat().st_size if self.log.exists() else 0
+        self.before = self.logged()
         self.process, self.started = start_training(self.config, self.log, num_workers), time.time()
         self.events.append({"event": "start", "num_workers": num_workers, "pid": self.process.pid})
 
     def wait_for_steps(self) -> int | None:
         """Waits until the run has done a step since it was started; its exit status if it ends before."""
         assert self.process is not None
-        while self.log.stat().st_size == self.printed and self.process.poll() is None:
+        while self.logged() in (0, self.before) and self.process.poll() is None:
             time.sleep(0.2)
         return self.process.poll()
 
@@ -245,18 +250,8 @@ def steps_per_second(run: TrainConfig) -> float:
 
 
 def digest(checkpoint: Path) -> dict[str, str]:
-    """SHA-256 of every file of a checkpoint; of the tokenizer's, of what makes its tokens.
-
-    Transformers also keeps in them how the tokenizer was loaded and what it was last asked for.
-    """
-    contents = {path.name: path.read_bytes() for path in sorted(checkpoint.iterdir())}
-    del contents["tokenizer_config.json"]
-    tokenizer = json.loads(contents["tokenizer.json"])
-    what = {
-        name: tokenizer[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model")
-    }
-    contents["tokenizer.json"] = json.dumps(what).encode()
-    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    """SHA-256 of every file of a checkpoint."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(checkpoint.iterdir())}
 
 
 def markdown(figures: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
-"""Names the boxes of a photo, finds names in it, and draws both side by side.
+"""Names the boxes of photos, finds names in them, and draws both side by side.
 
-    python name_and_find.py runs/picture/model "coco:DATA/coco740?split=test" 0 picture.png
+    python name_and_find.py runs/picture/model "coco:DATA/coco740?split=test" picture.jpg 0 5 7
 
 Left: the model's own name for each given box, with its probability.  Right: the box that the model gives each name that
 people gave the photo, with its score.  The model is any that `opencloc.load` opens and that has a box head.
@@ -32,10 +32,20 @@ def name_and_find(predictor: opencloc.Predictor, sample: opencloc.Sample, names:
     return both
 
 
+def stacked(images: Sequence[Image.Image]) -> Image.Image:
+    """The images one below the other."""
+    whole = Image.new("RGB", (max(i.width for i in images), sum(i.height + 8 for i in images) - 8), "white")
+    top = 0
+    for image in images:
+        whole.paste(image, (0, top))
+        top += image.height + 8
+    return whole
+
+
 if __name__ == "__main__":
-    folder, source_name, number, out = sys.argv[1:]
-    source = opencloc.open_source(source_name)
-    sample = source[int(number)]
-    names = getattr(source, "class_names", None) or sorted(set(sample.texts))
-    name_and_find(opencloc.load(folder), sample, names).save(out)
+    folder, source_name, out, *numbers = sys.argv[1:]
+    predictor, source = opencloc.load(folder), opencloc.open_source(source_name)
+    samples = [source[int(number)] for number in numbers]
+    names = getattr(source, "class_names", None) or sorted({text for sample in samples for text in sample.texts})
+    stacked([name_and_find(predictor, sample, names) for sample in samples]).save(out)
     print(out)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from transformers import CLIPModel
 
-from opencloc.cli import VERBS, main
+from opencloc.cli import VERBS, _together, main
 from opencloc.config import to_json
 from opencloc.presets import tiny
+from tests.test_docs import save_untrained
 
 TINY = ["--model.image-size", "32", "--model.vision-width", "32", "--model.vision-layers", "1", "--batch-size", "8"]
 
@@ -55,10 +56,27 @@ def test_errors_say_what_was_wrong_and_where(
     assert message in capsys.readouterr().err
 
 
+def test_an_option_that_comes_twice_keeps_all_its_values() -> None:
+    both = ["--data", "scenes:easy", "--batch-size", "4", "--data=grounding=scenes:rich"]
+    assert _together(both, "--data") == ["--batch-size", "4", "--data", "scenes:easy", "grounding=scenes:rich"]
+
+
 def test_value_out_of_range_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train", "tiny", "--loss.region_weight", "-1"])
     assert "region_weight: must be greater than or equal to 0, got -1.0" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_preset_starts_from_a_checkpoint_whose_sizes_nobody_gives_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_untrained(tmp_path / "clip")
+    start = ["train", "tiny", "--model.init-from", str(tmp_path / "clip"), "--data.num-workers", "0", "--steps", "1"]
+    assert main([*start, "--batch-size", "2", "--out", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/run/model\n1 steps of 2 images")
+    with pytest.raises(SystemExit):
+        main([*start, "--model.image-size", "96", "--out", str(tmp_path / "other")])
+    assert "leave out model.image_size" in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 def test_train_eval_and_export_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import opencloc
-from examples.name_and_find import name_and_find
+from examples.name_and_find import name_and_find, stacked
 from tests.test_docs import save_untrained
 
 ROOT = Path(__file__).parents[1]
@@ -40,3 +40,4 @@ def test_naming_and_finding_draws_the_photo_twice(tmp_path: Path) -> None:
     photo = np.asarray(sample.image)
     assert (left != photo).any()
     assert (right != photo).any()
+    assert stacked([drawn, drawn]).size == (200, 200)

@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -145,3 +146,10 @@ def test_a_lock_is_held_by_one_at_a_time_and_falls_with_its_process() -> None:
     process.join()
     os.close(reads)
     os.close(writes)
+
+
+def test_a_file_system_whose_package_is_missing_is_an_error_that_names_the_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    for ask in (files.is_folder, files.read_bytes):
+        with pytest.raises(ValueError, match=r"s3://bucket/a\.tar: .*s3fs"):
+            ask("s3://bucket/a.tar")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("opencloc: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
-            raise  # torch's own subclasses are bugs, not messages
+        if isinstance(error, RuntimeError) and type(error).__name__ not in ("RuntimeError", "OutOfMemoryError"):
+            raise  # torch's other subclasses are bugs, not messages
         from opencloc.errors import redacted
 
         print(f"opencloc {verb}: {redacted(str(error))}", file=sys.stderr)
@@ -116,7 +116,7 @@ def _eval(arguments: list[str]) -> None:
         print()
     count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
     tasks = ["--tasks", *arguments[:count]] if count else []
-    run_eval(_parse(EvalConfig, [*tasks, *arguments[count:]], "eval"))
+    run_eval(_parse(EvalConfig, [*tasks, *_together(arguments[count:], "--data", "--model")], "eval"))
 
 
 def _label(arguments: list[str]) -> int:
@@ -124,7 +124,7 @@ def _label(arguments: list[str]) -> int:
     from opencloc.vesl.config import LabelConfig
     from opencloc.vesl.run import RunConfig, format_report, run_label
 
-    parsed = _parse(_group("Label", label=LabelConfig, run=RunConfig), arguments, "label")
+    parsed = _parse(_group("Label", label=LabelConfig, run=RunConfig), _together(arguments, "--data"), "label")
     report = run_label(parsed.label, parsed.run)
     print(format_report(report))
     return report.exit_code
@@ -133,23 +133,28 @@ def _label(arguments: list[str]) -> int:
 def _data_stats(arguments: list[str]) -> None:
     """Figures of a labelled data set: counts, lengths, histograms, frequent texts"""
     from opencloc.data.inspect.stats import StatsConfig, write_stats
+    from opencloc.errors import and_skipped, counted
 
     config = _parse(StatsConfig, arguments, "data stats")
     stats = write_stats(config)
     print(config.out)
-    print(f"{stats.regions:,} regions on {stats.images_with_regions:,} of {stats.images:,} images{_but(stats.skipped)}")
+    images = f"{stats.images_with_regions:,} of {stats.images:,} images"
+    print(f"{stats.regions:,} regions on {images}{and_skipped(stats.skipped)}")
     if stats.noticed:
-        print(f"opencloc data stats: worth a look{_listed(stats.noticed)}; see {config.out}/stats.md", file=sys.stderr)
+        print(
+            f"opencloc data stats: worth a look: {counted(stats.noticed)}; see {config.out}/stats.md", file=sys.stderr
+        )
 
 
 def _data_view(arguments: list[str]) -> None:
     """An HTML contact sheet with boxes and texts drawn on the images"""
     from opencloc.data.inspect.view import ViewConfig, write_view
+    from opencloc.errors import and_skipped
 
     config = _parse(ViewConfig, arguments, "data view")
     sheet = write_view(config)
     print(config.out)
-    print(f"{sheet.regions:,} regions on {sheet.images:,} images{_but(sheet.skipped)}")
+    print(f"{sheet.regions:,} regions on {sheet.images:,} images{and_skipped(sheet.skipped)}")
 
 
 def _data_pack(arguments: list[str]) -> None:
@@ -166,15 +171,6 @@ def _data_cache(arguments: list[str]) -> None:
     from opencloc.data.tars.cache import CacheConfig, cache_report
 
     print(cache_report(_parse(CacheConfig, arguments, "data cache")))
-
-
-def _but(skipped: Mapping[str, int]) -> str:
-    """The end of a line that says what was done: what was skipped and why."""
-    return f"; skipped{_listed(skipped)}" if skipped else ""
-
-
-def _listed(counts: Mapping[str, int]) -> str:
-    return ": " + ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
 
 
 def _data_scenes(arguments: list[str]) -> None:
@@ -225,6 +221,22 @@ def _group(name: str, **parts: type) -> Any:
 
     fields = [(part, Annotated[kind, tyro.conf.arg(name="")]) for part, kind in parts.items()]
     return make_dataclass(name, fields, kw_only=True)
+
+
+def _together(arguments: list[str], *options: str) -> list[str]:
+    """The arguments with all values of an option that comes several times behind it; tyro would take the last only."""
+    values: dict[str, list[str]] = {option: [] for option in options}
+    others: list[str] = []
+    into = others
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name in values:
+            into = values[name]
+            into += [value] if equals else []
+        else:
+            into = others if argument.startswith("--") else into
+            into.append(argument)
+    return [*others, *(part for option, found in values.items() if found for part in (option, *found))]
 
 
 def _parse(kind: Callable[..., Config], arguments: list[str], verb: str, default: Any = None) -> Config:

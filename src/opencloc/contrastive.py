@@ -16,7 +16,7 @@ texts have spread out (mean + 3 sd < threshold) the rule is the published one.
 Across ranks each one has its own rows and the keys of all: keys, text hashes and valid flags are gathered, the log-sums
 of columns combined, and the gradient of the keys is summed back to their owners.  Queries never travel.
 
-This file owns the loss of two sets of embeddings; what goes into it and what it is weighted with is `opencloc.loss`.
+What goes into it, and its weight, is in `opencloc.loss`.
 
 Symbols: R rows of this rank, N rows of all ranks (N = R in a single process), E width of the joint embedding.
 """

@@ -1,8 +1,9 @@
-"""The error of one unusable sample, which bulk jobs count and pass over; messages without passwords."""
+"""The error of one unusable sample, which bulk jobs count and pass over, and what messages are made of."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 _USER = re.compile(r"(?<=://)[^/@\s]*@")
 _SECRET = re.compile(
@@ -24,6 +25,16 @@ class BadSample(ValueError):
 
     def __reduce__(self):  # crosses process borders
         return type(self), (self.reason, self.where, self.detail)
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """What was counted, as `bad box (2), empty box (1)`."""
+    return ", ".join(f"{what} ({number:,})" for what, number in counts.items())
+
+
+def and_skipped(counts: Mapping[str, int]) -> str:
+    """The end of a sentence that says what was skipped and why; empty if nothing was."""
+    return f"; skipped: {counted(counts)}" if counts else ""
 
 
 def redacted(text: str) -> str:

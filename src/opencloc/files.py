@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
+from fsspec.core import url_to_fs as fsspec_url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+
+from opencloc.errors import redacted
 
 
 def local_path(url: str) -> str | None:
@@ -39,6 +40,17 @@ def _filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     if (path := local_path(url)) is not None:
         return LocalFileSystem(), os.path.abspath(path)
     return url_to_fs(url)
+
+
+def url_to_fs(url: str) -> tuple[Any, str]:  # fsspec has no types
+    """The file system of a remote `url`, and the path in it.
+
+    Raises ValueError naming the URL where the package for its kind is not installed (s3fs for `s3://`).
+    """
+    try:
+        return fsspec_url_to_fs(url)
+    except ImportError as error:
+        raise ValueError(f"{redacted(url)}: {error}") from error
 
 
 def read_bytes(url: str, start: int = 0, size: int | None = None) -> bytes:
@@ -56,7 +68,7 @@ def read_text(url: str) -> str:
     try:
         return read_bytes(url).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{url}: not UTF-8 ({error})") from error
+        raise ValueError(f"{url}: not a text in UTF-8 ({error})") from error
 
 
 def write_bytes(url: str | Path, data: bytes) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import AvifImagePlugin, Image, WebPImagePlugin  # noqa: F401 (Pillow loads the other plugins by itself)
+from PIL import AvifImagePlugin, Image, UnidentifiedImageError, WebPImagePlugin  # noqa: F401 (Pillow loads the other plugins by itself)
 
 from opencloc.errors import BadSample
 
@@ -137,13 +137,21 @@ def is_oriented(image: bytes | Image.Image) -> bool:
     return _orientation(image) in _UPRIGHT
 
 
+def as_array(values: Any) -> np.ndarray:
+    """Any array, tensor, image or nested list as an array; bfloat16, which NumPy has not, as float32."""
+    if hasattr(values, "detach"):  # a tensor of torch's
+        values = values.detach().cpu()
+        values = values.float() if str(values.dtype) == "torch.bfloat16" else values
+    return np.asarray(values)
+
+
 def as_mask(mask: Any, height_px: int, width_px: int) -> np.ndarray:
     """The mask (H, W) as bool: any array, tensor, PIL image or nested list of the size of the image.
 
     Bool stays, integers are 0 and 1 or 0 and 255, floats lie in [0, 1] and count from 0.5.  Raises ValueError for
     other values (logits, numbers of segments), another shape or an empty mask, TypeError for what is no array.
     """
-    array = np.asarray(mask.detach().cpu() if hasattr(mask, "detach") else mask)
+    array = as_array(mask)
     if array.dtype.kind not in "buif":
         raise TypeError(f"a mask is an array of bool, integers or floats, not {type(mask).__name__} of {array.dtype}")
     if array.shape != (height_px, width_px):
@@ -167,6 +175,8 @@ def _open(data: bytes, where: str) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample("image too large", where, str(error)) from error
+    except UnidentifiedImageError as error:  # its message is the address of an object
+        raise BadSample("broken image", where, f"{len(data)} bytes of no known format") from error
     except Exception as error:  # Pillow raises a whole zoo for bytes that are no image
         raise BadSample("broken image", where, f"{len(data)} bytes: {error}") from error
     _check_size(image, where)

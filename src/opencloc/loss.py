@@ -9,7 +9,7 @@ With a process group the ranks share one batch, equally many images each.  Every
 value, is then the whole batch's and the same on all ranks; the gradients are each rank's share: with respect to its own
 embeddings those of the whole batch's loss, and summed over ranks those of the parameters.
 
-This file owns what the losses are made of; how InfoNCE is computed is `opencloc.contrastive`.
+How InfoNCE is computed is in `opencloc.contrastive`.
 
 Symbols: B images of this rank, M regions per image, E width of the joint embedding.
 """

@@ -20,3 +20,12 @@ def canonical(text: str) -> str:
 def class_name(name: str) -> str:
     """The bare name of a class as a data set writes it: underscores are spaces (LVIS's `alarm_clock`)."""
     return " ".join(name.replace("_", " ").split())
+
+
+def is_text(text: str) -> bool:
+    """Whether a text can be encoded: half a surrogate pair, which JSON can escape, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

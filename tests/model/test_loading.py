@@ -159,6 +159,18 @@ def test_values_that_make_no_sense_are_refused(cloc: Path, name: str, change: di
         load(cloc)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"[]", b"{", b"\xff", b'{"image_mean": "x"}', b'{"image_mean": [0, 0, 0], "image_std": [0, 0, 0]}'],
+)
+def test_broken_settings_of_images_are_named(clip: Path, content: bytes) -> None:
+    (clip / "preprocessor_config.json").write_bytes(b'{"image_mean": [0.5, 0.5, 0.5]}')
+    load(clip)
+    (clip / "preprocessor_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{clip}: "):
+        load(clip)
+
+
 @pytest.mark.parametrize("path", ["nothere", "no/such/model", "runs/model", "/nowhere/at/all", Path("a/b")])
 def test_a_folder_that_is_not_there_is_named_without_asking_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str | Path

@@ -109,6 +109,9 @@ def test_load_pools_regions_with_the_tower_of_any_clip(
     assert torch.pdist(regions[1:]).min() > 1e-4
     given = regions[[0, 2]]
     assert predictor.classify(square, [[0, 0, 20, 20]], ["a", "b"], text_embeddings=given)[0] == ["b"]
+    towers = ClocProcessor.for_towers(tower_config(family), tokenizer)
+    assert torch.equal(predictor.processor.tokenize(["a red dog", "snow"]), towers.tokenize(["a red dog", "snow"]))
+    assert predictor.classify(square, [[0, 0, 20, 20]], ["a red dog"])[0] == ["a red dog"]
     for ask in (lambda: predictor.embed(square, texts=["a dog"]), lambda: predictor.ground(square, "a dog")):
         with pytest.raises(ValueError, match="use prompter='cross' or 'encoder'"):
             ask()
@@ -167,7 +170,20 @@ def test_prompts_of_all_kinds_keep_their_order_and_keywords_are_short_for_them(
     torch.testing.assert_close(short, listed[[1, 4, 3, 0]])
 
 
-@pytest.mark.parametrize("form", [np.asarray, torch.tensor, list])
+def bfloat16(values: Any) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "form", [np.array, lambda m: Image.fromarray(np.array(m)), torch.tensor, bfloat16, np.float16, list]
+)
+def test_masks_may_be_arrays_tensors_images_or_lists(predictor: Predictor, photo: EncodedImage, form: Any) -> None:
+    mask = [[x < 40 for x in range(80)] for _ in range(40)]
+    expected = predictor.embed(photo, masks=[np.array(mask)])
+    torch.testing.assert_close(predictor.embed(photo, masks=[form(mask)]), expected)
+
+
+@pytest.mark.parametrize("form", [np.asarray, torch.tensor, bfloat16, list])
 def test_boxes_may_be_arrays_tensors_or_lists(predictor: Predictor, photo: EncodedImage, form: Any) -> None:
     assert predictor.embed(photo, boxes_px=form([[0, 0, 40, 40], [5, 5, 60, 30]])).shape == (2, 24)
 
@@ -302,6 +318,12 @@ def test_classify_names_boxes_with_probabilities(predictor: Predictor, photo: En
     np.testing.assert_array_equal(again[1], probabilities)
     with pytest.raises(ValueError, match="for 2 names"):
         predictor.classify(photo, [[0, 0, 9, 9]], ["a", "b"], text_embeddings=given)
+    for ask in (
+        lambda: predictor.classify(photo, [[0, 0, 9, 9]], classes, text_embeddings=given * torch.nan),
+        lambda: predictor.embed(photo, [Text(given[0] * torch.nan)]),
+    ):
+        with pytest.raises(ValueError, match="not finite"):
+            ask()
 
 
 def test_probabilities_use_the_bounded_scale_of_training(predictor: Predictor, photo: EncodedImage) -> None:

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -76,6 +77,16 @@ def test_saved_processor_loads_equal(tokenizer: PreTrainedTokenizerFast, tmp_pat
         batch = loaded(images=Image.new("RGB", (30, 20)), text="a red dog")
         assert batch["pixel_values"].shape == (1, 3, 48, 48)
         assert torch.equal(batch["input_ids"], processor.tokenize(["a red dog"]))
+
+
+def test_images_of_any_form_are_taken_and_nothing_gives_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
+    processor = ClocProcessor(tokenizer, image_size=32)
+    image = Image.new("RGB", (30, 20), "red")
+    pixels = processor(images=[image, np.asarray(image)])["pixel_values"]
+    assert torch.equal(pixels[0], pixels[1])
+    nothing = processor(images=[], text=[])
+    assert nothing["pixel_values"].shape == (0, 3, 32, 32)
+    assert len(nothing["input_ids"]) == 0
 
 
 def test_padding_is_nearly_zero_once_normalised(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,14 +19,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerFast
 
-from opencloc.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, to_json
+from opencloc.config import DataConfig, LossConfig, OptimConfig, TrainConfig, to_json
 from opencloc.loss import ClocLoss, cloc_loss
 from opencloc.model.cloc import ClocOutput
-from opencloc.train.checkpoint import list_checkpoints
 from opencloc.train.distributed import ALONE, Ranks, process_ranks
 from opencloc.train.loop import Interrupted, train
+from tests.train.runs import MakeConfig, cut_off, log, steps_kept
 
 PATIENCE_S = 300  # for processes on a busy machine
 CPU = torch.device("cpu")
@@ -127,33 +124,13 @@ def test_sharded_loss_equals_single_process_loss(case: str, tmp_path: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> TrainConfig:
-    """A run of seconds: 6 steps of 8 scenes at 32 px, most of them with fewer than M regions."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save_pretrained(folder)
-    return TrainConfig(
-        model=ModelConfig(
-            image_size=32,
-            patch_size=8,
-            vision_width=32,
-            vision_layers=1,
-            vision_heads=2,
-            text_width=32,
-            text_layers=1,
-            text_heads=2,
-            text_length=16,
-            embed_dim=16,
-            tokenizer=str(folder),
-        ),
+def base(config: MakeConfig) -> TrainConfig:
+    """A run of seconds, most of its scenes with fewer than M regions."""
+    return config(
+        Path("unused"),
         data=DataConfig(train=("scenes:rich?min_objects=1&missing_region=0.6",), num_workers=0, patch_dropout=0.25),
         optim=OptimConfig(lr=1e-3, warmup_steps=2, eps=1e-3),  # so that Adam does not blow rounding errors up
-        steps=6,
-        batch_size=8,
-        checkpoint_every=2,
         keep_checkpoints=3,
-        log_every=1,
-        precision="fp32",
-        device="cpu",
     )
 
 
@@ -173,19 +150,6 @@ def assert_same_run(run: Path, expected: Path, checkpoint: str = "model") -> Non
         assert line.keys() == expected_line.keys()
         for name in line.keys() - {"images_per_s", "data_wait"}:
             assert line[name] == pytest.approx(expected_line[name], abs=2e-4), name
-
-
-def log(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
-def drop_checkpoints(run: Path, after: int) -> None:
-    """As if the run had been killed after that step."""
-    for checkpoint in list_checkpoints(run / "checkpoints"):
-        if int(checkpoint.name.removeprefix("step_")) > after:
-            shutil.rmtree(checkpoint)
-    shutil.rmtree(run / "model")
-    (run / "log.jsonl").write_text("".join((run / "log.jsonl").read_text().splitlines(keepends=True)[:after]))
 
 
 @pytest.mark.parametrize(("sharding", "micro_batch_size"), [("ddp", None), ("fsdp", None), ("ddp", 2), ("fsdp", 2)])
@@ -223,11 +187,11 @@ def test_checkpoints_go_from_two_ranks_to_one_to_two(base: TrainConfig, single: 
     run = tmp_path / "run"
     config = replace(base, out=str(run))
     on_two_ranks(lambda _: train(replace(config, sharding="fsdp")) and None, tmp_path / "a")
-    drop_checkpoints(run, after=2)
+    cut_off(run, after=2)
     train(config)
-    drop_checkpoints(run, after=4)
+    cut_off(run, after=4)
     on_two_ranks(lambda _: train(replace(config, sharding="ddp")) and None, tmp_path / "b")
-    drop_checkpoints(run, after=4)
+    cut_off(run, after=4)
     on_two_ranks(lambda _: train(replace(config, sharding="fsdp")) and None, tmp_path / "c")
     assert_same_run(run, single)
 
@@ -249,8 +213,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(base: TrainConfig, t
             train(config)
         said = ranks.gather_json(str(stop.value))
         assert said[0] == said[1]
-        (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")
-        step = json.loads((checkpoint / "train_state.json").read_text())["step"]
+        (step,) = steps_kept(tmp_path / "run")
         assert said[0].startswith(f"stopped after step {step} of")
 
     on_two_ranks(body, tmp_path)
@@ -259,7 +222,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(base: TrainConfig, t
 def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_happened(
     base: TrainConfig, tmp_path: Path
 ) -> None:
-    config = replace(base, steps=20, checkpoint_every=2)
+    config = replace(base, checkpoint_every=2)
     whole, killed = (replace(config, out=str(tmp_path / name)) for name in ("whole", "killed"))
     on_two_ranks(lambda _: train(whole) and None, tmp_path)
     (tmp_path / "config.json").write_text(to_json(killed))
@@ -268,6 +231,17 @@ def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_happened(
     assert (tmp_path / "killed" / "killed").exists()
     weights, expected = (load_file(Path(c.out) / "model" / "model.safetensors") for c in (killed, whole))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_what_the_first_rank_refuses_all_refuse(base: TrainConfig, single: Path, tmp_path: Path) -> None:
+    """None of them is left waiting."""
+    config = replace(base, out=str(single), seed=1)
+
+    def body(_: Ranks) -> None:
+        with pytest.raises(ValueError, match="another configuration"):
+            train(config)
+
+    on_two_ranks(body, tmp_path)
 
 
 def test_restarts_that_would_wait_in_vain_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

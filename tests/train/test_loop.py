@@ -1,126 +1,35 @@
-"""The loop: resume, gradient caching, baseline, stopping, folders."""
+"""The loop: gradient caching, baseline, stopping, where a run starts from; the optimizers."""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerFast
 
-from opencloc.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, to_json
+from opencloc.config import DataConfig, LossConfig, ModelConfig, OptimConfig, to_json
 from opencloc.data.sources.spec import open_source
 from opencloc.data.stream import TrainingExamples, training_batches
+from opencloc.model.export import export_clip
 from opencloc.train.build import build_model
-from opencloc.train.checkpoint import list_checkpoints
+from opencloc.train.checkpoint import save_model
 from opencloc.train.loop import backward, train
 from opencloc.train.optim import Muon, learning_rate, make_optimizer, orthogonalize
+from tests.train.runs import MakeConfig, log, steps_kept
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 PATIENCE_S = 300  # for a process to start on a busy machine
-MakeConfig = Callable[..., TrainConfig]
-
-
-@pytest.fixture(scope="module")
-def config(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> MakeConfig:
-    """Folder and changed fields -> a run of seconds: 6 steps of 8 scenes at 32 px."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save_pretrained(folder)
-
-    def make(out: Path, **changes: Any) -> TrainConfig:
-        base = TrainConfig(
-            out=str(out),
-            model=ModelConfig(
-                image_size=32,
-                patch_size=8,
-                vision_width=32,
-                vision_layers=1,
-                vision_heads=2,
-                text_width=32,
-                text_layers=1,
-                text_heads=2,
-                text_length=16,
-                embed_dim=16,
-                tokenizer=str(folder),
-            ),
-            data=DataConfig(train=("scenes:easy",), num_workers=0),
-            optim=OptimConfig(lr=1e-3, warmup_steps=2),
-            steps=6,
-            batch_size=8,
-            checkpoint_every=2,
-            log_every=1,
-            precision="fp32",
-            device="cpu",
-        )
-        return replace(base, **changes)
-
-    return make
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """The files of a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.mark.parametrize(("optimizer", "patch_dropout"), [("adamw", 0.0), ("muon", 0.5)])
-def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    optimizer: Any, patch_dropout: float, config: MakeConfig, tmp_path: Path
-) -> None:
-    changes = {
-        "keep_checkpoints": 3,
-        "optim": OptimConfig(name=optimizer, lr=1e-3, warmup_steps=2),
-        "data": DataConfig(train=("scenes:easy",), num_workers=0, patch_dropout=patch_dropout),
-    }
-    whole = train(config(tmp_path / "whole", **changes))
-    # the same run cut off after step 2: as if killed before it could write anything newer
-    cut = tmp_path / "cut"
-    train(config(cut, **changes))
-    for newer in (cut / "model", *list_checkpoints(cut / "checkpoints")[1:]):
-        shutil.rmtree(newer)
-    resumed = train(config(cut, **changes))
-    assert tree(whole) == tree(resumed)
-    assert tree(tmp_path / "whole/checkpoints/step_0000006") == tree(cut / "checkpoints/step_0000006")
-
-
-def test_killed_run_resumes_to_the_same_model(config: MakeConfig, tmp_path: Path) -> None:
-    """kill -9 in mid-run, in a process of its own."""
-    whole, killed = config(tmp_path / "whole", steps=30), config(tmp_path / "killed", steps=30)
-    (tmp_path / "config.json").write_text(to_json(killed))
-    command = [sys.executable, "-m", "opencloc", "train", str(tmp_path / "config.json")]
-    process = subprocess.Popen(command, env=ONE_THREAD, stderr=subprocess.DEVNULL)
-    deadline = time.time() + PATIENCE_S
-    while not list_checkpoints(Path(killed.out) / "checkpoints") and time.time() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert list_checkpoints(Path(killed.out) / "checkpoints")
-    resumed = subprocess.run(command, env=ONE_THREAD, stderr=subprocess.DEVNULL, check=False)
-    assert resumed.returncode == 0
-    assert equal(weights(train(whole)), weights(Path(killed.out) / "model"))
-    assert not list((Path(killed.out) / "checkpoints").glob(".*"))
 
 
 def test_interrupt_saves_a_checkpoint_and_says_how_to_go_on(config: MakeConfig, tmp_path: Path) -> None:
@@ -136,8 +45,7 @@ def test_interrupt_saves_a_checkpoint_and_says_how_to_go_on(config: MakeConfig, 
     _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     assert "run the same command again to go on" in errors
-    (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")
-    assert json.loads((checkpoint / "train_state.json").read_text())["step"] > 0
+    assert len(steps_kept(tmp_path / "run")) == 1
 
 
 @pytest.mark.parametrize("region_weight", [0.0, 1.0])
@@ -194,32 +102,43 @@ def test_micro_batches_in_bf16_train_every_weight_that_the_whole_batch_trains(
 
 def test_loss_falls_and_the_log_says_so(config: MakeConfig, tmp_path: Path) -> None:
     train(config(tmp_path, steps=40, batch_size=16, checkpoint_every=40))
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in log] == list(range(1, 41))
-    assert log[-1]["total"] < 0.9 * log[0]["total"]
-    assert {"image_text", "region_text", "grounding", "logit_scale", "region_logit_scale", "grad_norm"} <= set(log[0])
-    assert {"images_per_s", "data_wait", "lr", "skipped"} <= set(log[0])
+    records = log(tmp_path)
+    assert [record["step"] for record in records] == list(range(1, 41))
+    assert records[-1]["total"] < 0.9 * records[0]["total"]
+    assert {"image_text", "region_text", "grounding", "logit_scale", "region_logit_scale"} <= set(records[0])
+    assert {"grad_norm", "images_per_s", "data_wait", "lr", "skipped"} <= set(records[0])
 
 
 def test_clip_baseline_trains_no_region_part(config: MakeConfig, tmp_path: Path) -> None:
     run = config(tmp_path, loss=LossConfig(region_weight=0.0), steps=2)
     before, _ = build_model(run)
-    after = weights(train(run))
+    after = load_file(train(run) / "model.safetensors")
     for name, value in before.state_dict().items():
         if not name.startswith("clip."):
             assert torch.equal(value, after[name]), name
-    assert "region_text" not in json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
-
-
-def test_only_the_newest_checkpoints_stay(config: MakeConfig, tmp_path: Path) -> None:
-    train(config(tmp_path, keep_checkpoints=1))
-    assert [c.name for c in list_checkpoints(tmp_path / "checkpoints")] == ["step_0000006"]
+    assert "region_text" not in log(tmp_path)[0]
 
 
 def test_a_run_starts_from_a_cloc_and_from_a_clip_checkpoint(config: MakeConfig, tmp_path: Path) -> None:
-    first = train(config(tmp_path / "first", steps=1))
-    model = replace(config(tmp_path).model, init_from=str(first))
-    assert train(config(tmp_path / "second", steps=1, model=model)).is_dir()
+    """Sizes and tokenizer are the checkpoint's; the temperature of a converged CLIP can come down again."""
+    model, processor = build_model(config(tmp_path))
+    with torch.no_grad():
+        model.clip.logit_scale.fill_(4.6052)
+    save_model(tmp_path / "cloc", model, processor)
+    export_clip(model, processor, tmp_path / "clip")
+    for name in ("cloc", "clip"):
+        run = config(tmp_path / "run" / name, steps=3, model=ModelConfig(init_from=str(tmp_path / name)))
+        trained = load_file(train(run) / "model.safetensors")
+        assert trained["clip.text_model.embeddings.token_embedding.weight"].shape[1] == 32
+        assert trained["clip.logit_scale"] < 4.6052
+
+
+def test_region_parts_that_a_cloc_checkpoint_does_not_have_are_refused(config: MakeConfig, tmp_path: Path) -> None:
+    save_model(tmp_path / "cloc", *build_model(config(tmp_path)))
+    with pytest.raises(ValueError, match=r"region parts; leave out model\.box_head, model\.prompter$"):
+        build_model(
+            config(tmp_path, model=ModelConfig(init_from=str(tmp_path / "cloc"), prompter="roi", box_head="mlp"))
+        )
 
 
 def test_learning_rate_warms_up_then_falls_to_zero() -> None:

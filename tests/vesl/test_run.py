@@ -130,7 +130,7 @@ def test_retry_failed_redoes_only_shards_with_failures(scenes: str, tmp_path: Pa
     assert first.complete
     assert first.skipped()["detector failed (RuntimeError)"].count == 2
     assert "14 images labelled" in format_report(first)
-    assert "skipped: 2 detector failed (RuntimeError), for example" in format_report(first)
+    assert "skipped: detector failed (RuntimeError) (2), for example" in format_report(first)
     assert "--retry-failed" in format_report(first)
     untouched = run_label(config)
     assert untouched.finished_before == SHARDS

@@ -33,7 +33,7 @@ from opencloc.images import crop
 from opencloc.model.cloc import ClocModel, ImageFeatures
 from opencloc.model.loading import load_config, load_model, load_processor
 from opencloc.model.processor import ClocProcessor
-from opencloc.model.roi import roi_align
+from opencloc.model.prompter import roi_align
 
 RegionWay = Literal["prompter", "crop", "roi"]
 View = Literal["letterbox", "squash", "centre"]

@@ -14,10 +14,11 @@ from transformers.utils.logging import disable_progress_bar
 from opencloc import files
 from opencloc.data.sources.spec import open_source
 from opencloc.devices import Precision, choose_device, computes_in_bf16
+from opencloc.errors import and_skipped
 from opencloc.eval.encoders import Encoder, RegionWay, View, check_regions, load_encoder, natural_way
 from opencloc.eval.registry import BENCHMARKS, SOURCE_TASKS, TASKS, open_set, task_name
 from opencloc.eval.report import Result, flat_metrics, to_json, to_markdown, write_html_report
-from opencloc.eval.sets.item import IMAGES, EvalSet, Loaded, Unread, by_unit, load
+from opencloc.eval.sets.item import IMAGES, EvalSet, Loaded, Unread, by_unit, in_words, load
 from opencloc.eval.sets.source import source_set
 from opencloc.eval.tasks import Ask, Batch, Prediction, Scores, predict
 from opencloc.eval.text_bank import TextBank, check_finite
@@ -37,7 +38,7 @@ class EvalConfig:
     data: tuple[str, ...]
     """Where the data lie, as `[TASK=]LOCATION[?key=value&...]`: a folder for the tasks on a public set, any source for
     the four on a source, e.g. `coco:DIR?split=test`.  Without TASK= it serves all tasks that have none of their own;
-    with it, it may be given several times, e.g. once for each split."""
+    with it, a task may have several, e.g. one for each split."""
     tasks: tuple[str, ...] = tuple(SOURCE_TASKS)
     """Which scores; default: the four on a source."""
     regions: RegionWay | None = None
@@ -179,8 +180,7 @@ def evaluate(
         scores = [_finish(task) for task in running]
     skipped.update({(IMAGES, reason): count for reason, count in unread.reasons.items()})
     if not read:
-        reasons = ", ".join(f"{unit}: {reason} ({count:,})" for (unit, reason), count in skipped.items())
-        raise ValueError(f"{data.name}: no image can be used; skipped {reasons or 'none'}")
+        raise ValueError(f"{data.name}: no image can be used{and_skipped(in_words(skipped))}")
     of_images = None
     if data.num_items is not None:
         of_images = data.num_items + sum(count for (unit, _), count in data.skipped.items() if unit == IMAGES)
@@ -267,7 +267,7 @@ def _open_sets(config: EvalConfig) -> list[tuple[list[str], EvalSet]]:
     places = {task: own.get(task, shared) for task in tasks}
     names = None
     if config.class_names is not None:
-        names = [line.strip() for line in Path(config.class_names).read_text().splitlines() if line.strip()]
+        names = [line.strip() for line in files.read_text(config.class_names).splitlines() if line.strip()]
     sets: list[tuple[list[str], EvalSet]] = [
         ([task], open_set(task, place)) for task in tasks if task in BENCHMARKS for place in places[task]
     ]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, no_type_check, overload
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData, file_exists, repo_exists
+from huggingface_hub import ModelCard, file_exists, repo_exists
 from huggingface_hub.dataclasses import strict
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from opencloc import files
 from opencloc.model import loading, towers
+from opencloc.model.card import model_card
 from opencloc.model.packing import PackedTexts, join
 from opencloc.model.prompter import PROMPTERS, AnchoredBoxHead, CrossPrompter, MlpBoxHead, Prompter
 from opencloc.model.prompts import (
@@ -226,10 +227,8 @@ class ClocModel(PreTrainedModel):
         config = loading.load_config(path)
         if config.model_type == "cloc":
             raise ValueError(f"{path} is a CLOC checkpoint already: load it with ClocModel.from_pretrained")
-        try:
+        with loading.naming(path):
             towers.check_family(config)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
         clip = loading.load_model(AutoModel, path)
         region_config = {"regions_trained": region_config.get("prompter") == "pool"} | region_config
         return cls(ClocConfig(clip_config=clip.config, **region_config), towers_model=clip)
@@ -402,40 +401,6 @@ class ClocModel(PreTrainedModel):
             if self.box_head is not None:
                 output["ground_boxes"] = self.box_head(replace(prompted, embedding=prompted.embedding[:, num_regions:]))
         return ClocOutput(**output)
-
-
-def model_card(config: ClocConfig) -> str:
-    """The README.md of a checkpoint: metadata of the hub, and Python that runs."""
-    data = ModelCardData(
-        library_name="opencloc",
-        pipeline_tag="zero-shot-image-classification",
-        tags=["cloc", "region-aware", str(getattr(config.clip_config, "model_type", "clip"))],
-    )
-    regions = (
-        "It embeds and names regions of an image, given as boxes, points or masks"
-        + (", and finds the box of a text." if config.prompter in ("cross", "encoder") else ".")
-        if config.regions_trained
-        else "Its region parts are not trained: ask it for whole images and texts only."
-    )
-    return f"""---
-{data.to_yaml()}
----
-
-# A CLOC model
-
-A region-aware CLIP ([arXiv 2410.02746](https://arxiv.org/abs/2410.02746)), trained with opencloc. {regions}
-
-```python
-import opencloc
-
-predictor = opencloc.load("FOLDER_OR_HUB_ID")
-photo = predictor.encode("photo.jpg")
-names, scores = predictor.classify(photo, boxes_px=[[10, 20, 200, 180]], names=["dog", "cat"])
-```
-
-`opencloc export` writes the towers as a plain checkpoint of transformers. Fill in before sharing: the training data and
-the licence.
-"""
 
 
 def _normalize(x: Tensor) -> Tensor:

@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import logging
 
 from opencloc.model import towers
 
@@ -63,7 +66,7 @@ def load_weights(load: Callable[..., Any], path: str | Path, *args: Any, **optio
         raise ValueError(f"{path}: there is no model.safetensors{also}")
     options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     options["ignore_mismatched_sizes"] = True  # they are refused below, by name
-    with naming(path):
+    with naming(path), _without_report():
         model, info = load(name, *args, **options)
     for what, key in (("misshapen", "mismatched_keys"), ("missing", "missing_keys"), ("unexpected", "unexpected_keys")):
         names = sorted(n if isinstance(n, str) else n[0] for n in info.get(key) or ())
@@ -83,7 +86,12 @@ def load_tokenizer(path: str | Path) -> Any:
     name = model_path(path)
     check_tokenizer_files(path)
     with naming(path):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        declared = get_tokenizer_config(name).get("tokenizer_class")
+        # AutoTokenizer would read these files by the class of the model's type: SigLIP 2's splits texts in its own way
+        kind = (
+            PreTrainedTokenizerFast if declared in ("PreTrainedTokenizerFast", "TokenizersBackend") else AutoTokenizer
+        )
+        tokenizer = kind.from_pretrained(name, trust_remote_code=False)
     _check_reads(tokenizer, path)
     return tokenizer
 
@@ -114,13 +122,15 @@ def check_tokenizer(tokenizer: Any, config: Any, where: str | Path) -> None:
     """
     _check_reads(tokenizer, where)
     vocab_size, length = config.text_config.vocab_size, towers.max_text_length(config)
-    if not 0 <= vocab_size - len(tokenizer) <= max(64, vocab_size // 10):
+    special = set(tokenizer.all_special_tokens)  # which transformers may add, and no text comes to
+    beyond = [token for token, i in tokenizer.get_vocab().items() if i >= vocab_size and token not in special]
+    if beyond or vocab_size - len(tokenizer) > max(64, vocab_size // 10):
         raise ValueError(
             f"{where}: the tokenizer has {len(tokenizer)} entries, the text tower a vocabulary of {vocab_size}: "
             "it is another model's"
         )
-    if tokenizer.pad_token_id is None:
-        raise ValueError(f"{where}: the tokenizer has no padding token")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocab_size:
+        raise ValueError(f"{where}: the tokenizer has no padding token that the text tower knows")
     if towers.pads_to_max_length(config):
         return
     for probe in ("a", "a red dog", "dog " * length):
@@ -158,11 +168,20 @@ def naming(path: str | Path) -> Iterator[None]:
     except BaseException as error:  # each library has its own, tokenizers raises plain Exceptions, and panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        if isinstance(error, OSError) and not Path(path).is_dir():
-            raise  # of the hub
-        broken = _broken_file(Path(path))
-        reason = broken or " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(reason if reason.startswith(str(path)) else f"{path}: {reason}") from error
+        reason = _broken_file(Path(path)) or " ".join(str(error).split())[:300] or type(error).__name__
+        kind = OSError if isinstance(error, OSError) and not Path(path).is_dir() else ValueError  # of the hub
+        raise kind(reason if reason.startswith(str(path)) else f"{path}: {reason}") from error
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Keeps transformers from printing a table of the weights that do not fit, which our error names."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _broken_file(folder: Path) -> str | None:
@@ -174,9 +193,11 @@ def _broken_file(folder: Path) -> str | None:
                     pass
             elif not isinstance(json.loads(file.read_bytes()), dict):
                 return f"{file.name} is not a JSON object"
+            elif file.name == "tokenizer.json":
+                Tokenizer.from_file(str(file))
         except RecursionError:
             return f"{file.name} is nested too deep"
-        except Exception as error:  # safetensors has its own
+        except Exception as error:  # safetensors and tokenizers have their own
             return f"{file.name} is broken: {error}"
     return None
 

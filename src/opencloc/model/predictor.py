@@ -21,7 +21,7 @@ from torch import Tensor
 
 from opencloc.boxes import Letterbox, clipped_px
 from opencloc.devices import choose_device
-from opencloc.images import as_mask, open_image
+from opencloc.images import as_array, as_mask, open_image
 from opencloc.model.cloc import ClocModel, ImageFeatures
 from opencloc.model.loading import load_config, load_model, load_processor
 from opencloc.model.processor import ClocProcessor
@@ -192,9 +192,9 @@ class Predictor:
             mask = as_mask(prompt.mask, height, width)
             side = max(mask.shape)
             top, left = (side - height) // 2, (side - width) // 2
-            square = torch.zeros(side, side)
-            square[top : top + height, left : left + width] = torch.from_numpy(np.ascontiguousarray(mask)).float()
-            return Mask(square)
+            square = np.zeros((side, side), np.float32)
+            square[top : top + height, left : left + width] = mask
+            return Mask(torch.from_numpy(square))
         if isinstance(prompt, Text):
             if not self.model.has_text_prompts:  # before the text is encoded for nothing
                 return prompt
@@ -225,6 +225,8 @@ class Predictor:
                 f"text_embeddings of shape {tuple(text_embeddings.shape)} for {len(names)} names: "
                 f"needs ({len(names)}, {self.model.embed_dim})"
             )
+        if not torch.isfinite(text_embeddings).all():
+            raise ValueError("text_embeddings that are not finite")
         regions = self.embed(image, boxes_px=boxes_px)
         logits = self.model.scale("region") * regions @ text_embeddings.to(regions).T
         probabilities = logits.softmax(-1).cpu().numpy()
@@ -374,10 +376,10 @@ def _rows(values: Any, count: int, what: str) -> list[list[Any]]:
     if values is None:
         raise TypeError(f"{what} is None: give rows of {count} numbers, or nothing")
     try:
-        array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+        array = as_array(values)
     except ValueError:  # rows of several lengths
         raise ValueError(f"{what} are not rows of {count} numbers each: {values!r}"[:300]) from None
-    if array.shape[:1] == (0,) and array.ndim <= 2:
+    if array.size == 0 and array.ndim <= 2:
         return []
     if array.dtype.kind not in "iuf":
         raise TypeError(f"{what} of type {array.dtype}: rows of {count} numbers are taken")

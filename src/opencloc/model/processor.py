@@ -25,7 +25,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
 from opencloc.boxes import Letterbox
-from opencloc.images import MEAN_RGB, STD_RGB, letterbox_array
+from opencloc.images import MEAN_RGB, STD_RGB, letterbox_array, open_image
 from opencloc.model import loading, towers
 from opencloc.model.cloc import ClocConfig
 from opencloc.model.packing import PackedTexts, pack
@@ -100,14 +100,13 @@ class ClocProcessor(ProcessorMixin):
         Raises ValueError as `loading` does.
         """
         config = loading.load_config(path)
-        towers.check_family(config)
-        preprocessor = _preprocessor_config(path)
-        options: dict[str, Any] = {}
-        if not preprocessor.get("do_normalize", True):
-            options = {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
-        elif "image_mean" in preprocessor:
-            options = {"image_mean": preprocessor["image_mean"], "image_std": preprocessor["image_std"]}
-        return cls.for_towers(config, loading.load_tokenizer(path), path, **options)
+        with loading.naming(path):
+            towers.check_family(config)
+            settings = _image_settings(path)
+            options: dict[str, Any] = {name: settings[name] for name in ("image_mean", "image_std") if name in settings}
+            if not settings.get("do_normalize", True):
+                options = {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
+            return cls.for_towers(config, loading.load_tokenizer(path), path, **options)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> ClocProcessor:
@@ -140,6 +139,7 @@ class ClocProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """`pixel_values` (B, 3, S, S) for images (one or a list), `input_ids` (B, T) for texts (one or a list).
 
+        An image is what `opencloc.images.open_image` takes, turned upright.
         `return_tensors` and `padding` are taken since every processor of transformers takes them: the result is always
         padded torch tensors.  Raises ValueError for an empty text.
         """
@@ -147,8 +147,8 @@ class ClocProcessor(ProcessorMixin):
             raise ValueError("only padded torch tensors are made: return_tensors='pt', padding=True")
         batch: dict[str, Tensor] = {}
         if images is not None:
-            listed = images if isinstance(images, Sequence) else [images]
-            batch["pixel_values"] = self.letterbox(listed)[0]
+            listed = images if isinstance(images, list | tuple) else [images]
+            batch["pixel_values"] = self.letterbox([open_image(image) for image in listed])[0]
         if text is not None:
             batch["input_ids"] = self.tokenize(text)
         return BatchFeature(batch)
@@ -162,7 +162,8 @@ class ClocProcessor(ProcessorMixin):
     def letterbox(self, images: Sequence[Image.Image]) -> tuple[Float[Tensor, "B 3 S S"], list[Letterbox]]:
         """Normalised pixels, and for each image where it lies in the square."""
         squares = [letterbox_array(image, self.image_size) for image in images]
-        pixels = self.normalize(torch.from_numpy(np.stack(squares)))
+        empty = np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
+        pixels = self.normalize(torch.from_numpy(np.stack(squares) if squares else empty))
         return pixels, [Letterbox(width_px=i.width, height_px=i.height) for i in images]
 
     def normalize(self, squares: UInt8[Tensor, "B S S 3"]) -> Float[Tensor, "B 3 S S"]:
@@ -179,6 +180,8 @@ class ClocProcessor(ProcessorMixin):
         Texts are brought to their canonical form first (`opencloc.texts`): NFC, lower case, runs of white space as one
         space.  Raises ValueError for a text that is empty, no string, or holds half a surrogate pair.
         """
+        if not len(texts) and not isinstance(texts, str):
+            return torch.zeros(0, self.max_text_length, dtype=torch.long)
         padding = "max_length" if self.pad_to_max_length else True
         return self._encode(texts, padding=padding, return_tensors="pt")
 
@@ -254,7 +257,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
     )
 
 
-def _preprocessor_config(path: str | Path) -> dict[str, Any]:
+def _image_settings(path: str | Path) -> dict[str, Any]:
     """The image processor's settings of a checkpoint, whichever of transformers' two files holds them."""
     for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from opencloc.model import towers
 from opencloc.model.prompts import PromptBatch, patch_centres, sinusoidal
-from opencloc.model.roi import roi_align
 
 OFFSET_SCALE = 0.1  # of the centre's correction, in sides of the square: starts small beside the attention's mean
+SAMPLES_PER_BIN = 2  # of RoIAlign: sampling points per bin and axis
 FAR = 1e4  # penalty of what is not there, in patches
 
 
@@ -285,6 +285,28 @@ class AnchoredBoxHead(nn.Module):
         centre = attention @ (centres if output.kept is None else centres[output.kept]) + OFFSET_SCALE * offset
         half = (size - 1).sigmoid() / 2  # a quarter of the side at the start
         return torch.cat([centre - half, centre + half], -1)
+
+
+def roi_align(
+    feature_map: Float[Tensor, "B C H W"], boxes: Float[Tensor, "B P 4"], output_size: int
+) -> Float[Tensor, "B P C S S"]:
+    """RoIAlign (He et al. 2017): bilinear features of every box on an S x S grid of bins.
+
+    Each bin is the mean of 2 x 2 samples.
+    Boxes are normalised to the map; pixel centres lie at half-integers (`aligned=True` in torchvision); samples
+    outside the centres of the outermost pixels repeat the border.
+    """
+    batch, count = boxes.shape[:2]
+    channels = feature_map.shape[1]
+    points = output_size * SAMPLES_PER_BIN
+    t = (torch.arange(points, device=boxes.device, dtype=boxes.dtype) + 0.5) / points
+    x = boxes[..., 0:1] + t * (boxes[..., 2:3] - boxes[..., 0:1])  # (B, P, points)
+    y = boxes[..., 1:2] + t * (boxes[..., 3:4] - boxes[..., 1:2])
+    grid = torch.stack(torch.broadcast_tensors(x[..., None, :], y[..., :, None]), dim=-1) * 2 - 1
+    grid = grid.reshape(batch, count * points, points, 2).to(feature_map.dtype)
+    sampled = F.grid_sample(feature_map, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    sampled = sampled.reshape(batch, channels, count, points, points).transpose(1, 2)
+    return F.avg_pool2d(sampled.flatten(0, 1), SAMPLES_PER_BIN).unflatten(0, (batch, count))
 
 
 def masked_mean(x: Float[Tensor, "*S K D"], valid: Tensor) -> Float[Tensor, "*S D"]:

@@ -43,14 +43,17 @@ def save_model(
     beside = {name: _whole_tensors(f, ranks) if name == "optimizer" else f for name, f in beside.items()}
     if not ranks.is_first:
         return
-    with files.new_folder(folder) as partial:
-        model.save_pretrained(partial, state_dict=weights)
-        processor.save_pretrained(partial)
-        for name, content in beside.items():
-            if name == "optimizer":
-                save_file(dict(content), partial / "optimizer.safetensors")
-            else:
-                files.write_json(partial / f"{name}.json", content)
+    try:
+        with files.new_folder(folder) as partial:
+            model.save_pretrained(partial, state_dict=weights)
+            processor.save_pretrained(partial)
+            for name, content in beside.items():
+                if name == "optimizer":
+                    save_file(dict(content), partial / "optimizer.safetensors")
+                else:
+                    files.write_json(partial / f"{name}.json", content)
+    except SafetensorError as error:  # what a full disk is to safetensors
+        raise OSError(f"{folder} cannot be written: {error}") from error
 
 
 def save_checkpoint(

@@ -96,7 +96,7 @@ def run(config: TrainConfig, ranks: Ranks, device: torch.device, resume_from: Pa
         state = load_checkpoint(resume_from, model, optimizer)
         step, skipped = state["step"], Counter(state["skipped"] if ranks.is_first else ())
         check_data(state["data"], examples.fingerprint, resume_from)
-        if state.get("labels") not in (None, examples.labels_fingerprint):
+        if ranks.is_first and state.get("labels") not in (None, examples.labels_fingerprint):
             warnings.warn(
                 f"{resume_from}: captions or regions have changed since; the run goes on with them", stacklevel=2
             )

@@ -70,10 +70,7 @@ def find_shards(config: LabelConfig) -> list[Shard]:
     shards would write the same file.
     """
     _source.cache_clear()  # images may have come since
-    try:
-        shards = [shard for spec in config.data for shard in _shards_of(spec, config)]
-    except ImportError as error:  # fsspec's, for an `s3://` without s3fs
-        raise ValueError(f"{redacted(', '.join(config.data))}: {error}") from error
+    shards = [shard for spec in config.data for shard in _shards_of(spec, config)]
     owners: dict[str, str] = {}
     for shard in shards:
         if shard.sidecar in owners:

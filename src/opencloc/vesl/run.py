@@ -72,8 +72,15 @@ class RunReport:
 
     @property
     def exit_code(self) -> int:
-        """Exit status of the command: 0 complete, 130 interrupted, 1 if shards are left without labels."""
-        return 0 if self.complete else 130 if self.stopped == INTERRUPTED else 1
+        """Exit status of the command: 0 complete, 130 interrupted, 1 if a shard or every image is without labels."""
+        if self.stopped == INTERRUPTED:
+            return 130
+        return 0 if self.complete and (self.labelled or not self.images) else 1
+
+    @property
+    def labelled(self) -> int:
+        """Images of the shards finished in this run that have labels now, if only none found."""
+        return sum(report.labelled for report in self.reports)
 
     @property
     def images(self) -> int:
@@ -96,15 +103,14 @@ def format_report(report: RunReport) -> str:
     regions = sum(one.regions for one in report.reports)
     speed = f", {report.images / report.seconds:.1f} images/s" if report.seconds else ""
     skipped = report.skipped()
-    labelled = sum(one.labelled for one in report.reports)
     before = f" ({report.finished_before} were finished before)" if report.finished_before else ""
     lines = [
         *report.folders,
-        f"{labelled:,} images labelled with {regions:,} regions, {report.images - labelled:,} skipped, in "
-        f"{_shards(len(report.reports))}{before}; {report.seconds:.0f} s{speed}",
+        f"{report.labelled:,} images labelled with {regions:,} regions, {report.images - report.labelled:,} skipped, "
+        f"in {_shards(len(report.reports))}{before}; {report.seconds:.0f} s{speed}",
     ]
     lines += [
-        f"  skipped: {one.count:,} {reason}, for example {'; '.join(one.examples)}" for reason, one in skipped.items()
+        f"  skipped: {reason} ({one.count:,}), for example {'; '.join(one.examples)}" for reason, one in skipped.items()
     ]
     if report.failed_shards:
         lines.append(f"{_shards(len(report.failed_shards))} given up:")

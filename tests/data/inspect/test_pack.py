@@ -66,7 +66,7 @@ def labelled(tmp_path: Path) -> Path:
 
 def test_packed_tars_give_the_same_samples_as_images_and_sidecar(labelled: Path, tmp_path: Path) -> None:
     report = pack(PackConfig(data=str(labelled), out=str(tmp_path / "out")))
-    assert (report.samples, report.renamed, report.left_out) == (3, 0, {})
+    assert (report.samples, report.renamed, report.skipped) == (3, 0, {})
     assert report.paths == (str(tmp_path / "out" / "00000.tar"),)
     packed = Shards(str(tmp_path / "out"))
     beside = Shards(str(labelled), ShardsConfig(sidecar="vesl"))
@@ -110,10 +110,17 @@ def test_what_cannot_be_packed_is_counted(tmp_path: Path) -> None:
     write_sidecar(sidecar_path(str(folder / "00000.tar"), "vesl"), rows, {})
     report = pack(PackConfig(data=str(folder), out=str(tmp_path / "out")))
     assert report.samples == 1
-    assert report.left_out == {"no image": 1, "broken image": 1, "not labelled": 1, "not in the sidecar": 1}
+    assert report.skipped == {"no image": 1, "broken image": 1, "not labelled": 1, "not in the sidecar": 1}
     assert str(report).startswith("1 samples in 1 tars")
-    assert "broken image: 1" in str(report)
+    assert "broken image (1)" in str(report)
     assert read_tars(tmp_path / "out")[0].keys() == {"a.jpg", "a.json"}
+
+
+def test_nothing_to_pack_is_an_error_that_says_why(tmp_path: Path) -> None:
+    write_tar(tmp_path / "in/00000.tar", {f"{i}.jpg": file_bytes(i)[:60] for i in range(3)})
+    with pytest.raises(ValueError, match=r"none of 3 samples can be packed; skipped: broken image \(3\)"):
+        pack(PackConfig(data=str(tmp_path / "in"), out=str(tmp_path / "out")))
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_samples_of_one_key_from_different_tars_are_all_kept(tmp_path: Path) -> None:
@@ -136,7 +143,7 @@ def test_a_folder_of_images_is_packed_under_its_paths(tmp_path: Path) -> None:
     (folder / "x.txt").write_text("a dog")
     (folder / "y.gif").write_bytes(b"GIF89a")
     report = pack(PackConfig(data=str(tmp_path / "photos"), out=str(tmp_path / "out")))
-    assert report.left_out == {"not an image": 1}
+    assert report.skipped == {"not an image": 1}
     assert read_tars(tmp_path / "out")[0].keys() == {"day.1/x.jpg", "day.1/x.json"}
     assert Shards(str(tmp_path / "out"))[0].captions == ("a dog",)
 
@@ -185,7 +192,7 @@ def test_a_pack_that_was_killed_goes_on_and_never_looks_whole(
         pack(PackConfig(data=str(photos), out=config.out, samples_per_shard=3))
     again = pack(config)
     assert "going on at image 3 of 7" in capsys.readouterr().err
-    assert (again.samples, again.left_out) == (whole.samples, whole.left_out) == (6, {"broken image": 1})
+    assert (again.samples, again.skipped) == (whole.samples, whole.skipped) == (6, {"broken image": 1})
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {
         path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()
     }

@@ -24,7 +24,7 @@ from opencloc.data.inspect.stats import StatsConfig, compute_stats, reason_of, w
 from opencloc.data.inspect.view import ViewConfig, write_view
 from opencloc.data.sample import Sample
 from opencloc.data.sidecar import SidecarRow, sidecar_path, write_sidecar
-from opencloc.data.sources.coco import OUTSIDE
+from opencloc.data.sources.coco_json import OUTSIDE
 from opencloc.data.tars.shards import ShardWriter
 
 TEXTS = ["dog", "red car", "a very long name", "cat | pipe", "<b>$x$</b>", "犬"]

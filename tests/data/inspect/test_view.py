@@ -198,5 +198,5 @@ def test_the_command_prints_the_file_then_what_it_shows(tmp_path: Path, capsys: 
     write_sidecar(sidecar_path(str(tmp_path / "tars/00000.tar"), "vesl"), rows, {})
     out = str(tmp_path / "view.html")
     assert main(["data", "view", "--data", str(tmp_path / "tars"), "--out", out]) == 0
-    expected = "0 regions on 2 images; skipped: 1 not labelled, 1 not in the sidecar"
+    expected = "0 regions on 2 images; skipped: not labelled (1), not in the sidecar (1)"
     assert capsys.readouterr().out.splitlines() == [out, expected]

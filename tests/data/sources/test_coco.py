@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from opencloc.data.sidecar import SidecarRow, sidecar_path, write_sidecar
-from opencloc.data.sources.coco import Coco, CocoConfig, read_box, read_coco
+from opencloc.data.sources.coco import Coco, CocoConfig
+from opencloc.data.sources.coco_json import read_box, read_coco
 from opencloc.data.sources.spec import open_source
 from opencloc.errors import BadSample
 

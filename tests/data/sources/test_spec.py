@@ -129,7 +129,7 @@ def test_image_px_makes_generated_images_and_limits_decoded_ones(places: Path) -
         ("rich", ValueError, r"generated scenes are named scenes:rich"),
         ("{}/coco", ValueError, r"has several splits"),
         ("{}/photos/a.jpg", ValueError, r"a source is a folder or \*\.tar"),
-        ("{}/nowhere", FileNotFoundError, r"nowhere doesn't exist"),
+        ("{}/nowhere", FileNotFoundError, r"nowhere: no such file or folder"),
         ("{}/tars/9.tar", FileNotFoundError, r"9\.tar: no such shard"),
         ("folder:{}/nowhere", FileNotFoundError, r"no such folder"),
     ],

@@ -14,7 +14,7 @@ from opencloc.data.sources.coco import Coco
 from opencloc.data.sources.folder import ImageFolder
 from opencloc.data.sources.labelled import labels_of, left_out, open_labelled
 from opencloc.data.tars.shards import Shards, ShardWriter
-from opencloc.errors import BadSample
+from opencloc.errors import BadSample, and_skipped
 from opencloc.progress import track
 
 
@@ -43,14 +43,11 @@ class PackReport:
     paths: tuple[str, ...]  # of the tars
     samples: int
     renamed: int  # samples whose key another one of the same tar had, or a tar can't hold: now `sample-NUMBER`
-    left_out: dict[str, int]  # by reason
+    skipped: dict[str, int]  # by reason
 
     def __str__(self) -> str:
-        left_out = "".join(f"; {reason}: {count:,}" for reason, count in self.left_out.items())
         renamed = f", {self.renamed:,} of them renamed" if self.renamed else ""
-        return f"{self.samples:,} samples in {len(self.paths):,} tars{renamed}" + (
-            f"\nskipped: {left_out[2:]}" if left_out else ""
-        )
+        return f"{self.samples:,} samples in {len(self.paths):,} tars{renamed}{and_skipped(self.skipped)}"
 
 
 def pack(config: PackConfig) -> PackReport:
@@ -59,7 +56,8 @@ def pack(config: PackConfig) -> PackReport:
     A sample that cannot be used (broken image, unsound box, no labels in the sidecar) is left out and counted.  Run
     again after a kill, the same command goes on after the last whole tar.
 
-    Raises as `open_labelled`, `ValueError` if the data are not files, and `FileExistsError` if the folder holds tars.
+    Raises as `open_labelled`, `ValueError` if the data are not files or none of them can be used, and `FileExistsError`
+    if the folder holds tars.
     """
     source = open_labelled(config.data, config.sidecar)
     if not isinstance(source, Shards | Coco | ImageFolder):
@@ -82,8 +80,10 @@ def pack(config: PackConfig) -> PackReport:
                 samples += 1
             counts = {"samples": samples, "renamed": renamed, "left_out": dict(reasons)}
             writer.progress = {"next": index + 1, **counts}
-    skipped = dict((opened + reasons).most_common())
-    return PackReport(paths=tuple(writer.paths), samples=samples, renamed=renamed, left_out=skipped)
+        skipped = dict((opened + reasons).most_common())
+        if not samples:
+            raise ValueError(f"{config.data}: none of {source.size:,} samples can be packed{and_skipped(skipped)}")
+    return PackReport(paths=tuple(writer.paths), samples=samples, renamed=renamed, skipped=skipped)
 
 
 def _write(writer: ShardWriter, sample: Sample, image_bytes: bytes, index: int) -> bool:

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from opencloc.data.sources.coco import OUTSIDE
+from opencloc.data.sources.coco_json import OUTSIDE
 
 NUM_BINS = 50  # of scores and box sizes over [0, 1]
 TEXTS_PLOTTED = 30

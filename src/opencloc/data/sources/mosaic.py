@@ -21,7 +21,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from opencloc.data.sample import Sample, Source
-from opencloc.errors import BadSample
+from opencloc.errors import BadSample, counted
 
 _JITTER = 0.15  # a grid line moves by up to this share of a tile, so that boxes differ between mosaics
 _ZOOM = 1.4  # photos are kept this much larger than the largest tile: random crops then enlarge nothing
@@ -163,7 +163,7 @@ class Mosaic:
             if usable[1] not in texts or distinct_tries == _DISTINCT_TRIES:
                 break
         if usable is None:
-            raise BadSample("no usable photo", repr(self.photos), f"{dict(self.skipped)}")
+            raise BadSample("no usable photo", repr(self.photos), counted(self.skipped))
         return usable
 
     def _photo(self, number: int) -> tuple[np.ndarray, str]:

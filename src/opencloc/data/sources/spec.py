@@ -172,7 +172,7 @@ def _kind_of(spec: str, location: str) -> str:
         raise ValueError(f"{spec}: a source is a folder or *.tar; or say KIND:LOCATION with {', '.join(_CONFIGS)}")
     if location in ("rich", "easy"):
         raise ValueError(f"{spec}: generated scenes are named scenes:{location}")
-    raise FileNotFoundError(f"{spec}: {location} doesn't exist")
+    raise FileNotFoundError(f"{location}: no such file or folder")
 
 
 def _photos(spec: str, location: str, config: MosaicConfig) -> NamedSource:

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from fsspec.core import url_to_fs
-
 from opencloc import files
 
 T = TypeVar("T")
@@ -111,7 +109,7 @@ def _download(url: str, version: files.Version, copy: Path, limit_gb: float) -> 
     """Makes the copy: all of it under its name, or nothing."""
 
     def fetch() -> None:
-        fs, remote = url_to_fs(url)
+        fs, remote = files.url_to_fs(url)
         make_room(copy.parent, "*.tar", limit_gb * GB - (version.size or 0))
         with files.new_file(copy) as part:
             with fs.open(remote, "rb") as source, open(part, "wb") as target:

@@ -23,7 +23,7 @@ from opencloc.data.tars.index import count_samples, load_index
 from opencloc.data.tars.tar import NOT_ADJACENT, ShardIndex, index_shard, iter_shard
 from opencloc.data.tars.urls import expand_urls
 from opencloc.data.tars.writer import ShardWriter
-from opencloc.errors import BadSample
+from opencloc.errors import BadSample, and_skipped
 from opencloc.images import decode_image
 
 __all__ = [
@@ -87,7 +87,9 @@ class Shards:
             self.problems["unreadable shard"] += len(counts.unknown)
         self._ends = np.cumsum(self.counts)
         if not self.size:
-            raise ValueError(f"{location}: no sample with an image in {len(self.urls)} tars; {dict(self.problems)}")
+            raise ValueError(
+                f"{location}: no sample with an image in {len(self.urls)} tars{and_skipped(self.problems)}"
+            )
         self._forget()
 
     def _forget(self) -> None:

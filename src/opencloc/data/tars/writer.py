@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,7 +91,7 @@ class ShardWriter:
         folder, name = os.path.split(sample.key)
         name = name.replace(".", "_")
         key = f"{folder}/{name}" if folder else name
-        if not KEY.match(f"{key}.jpg") or "\0" in key or key.startswith("/") or ".." in key.split("/"):
+        if not KEY.match(f"{key}.jpg") or re.search(r"^/|\\|\0", key) or ".." in key.split("/"):
             raise ValueError(f"{sample.key!r} cannot be the key of a tar member")
         if key in self._keys:
             raise ValueError(f"key {key!r} comes twice in {self._path}")

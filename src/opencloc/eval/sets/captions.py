@@ -6,8 +6,8 @@ from collections import Counter
 from typing import Any
 
 from opencloc import files
-from opencloc.data.sources.coco import field_of, read_json, row_of
-from opencloc.eval.sets.coco import BAD_FILE_NAME, images_of
+from opencloc.data.sources.coco_json import BAD_FILE_NAME, field_of, is_file_name, read_json, row_of
+from opencloc.eval.sets.coco import images_of
 from opencloc.eval.sets.item import (
     EMPTY_TEXT,
     IMAGES,
@@ -20,7 +20,6 @@ from opencloc.eval.sets.item import (
     base_name,
     first_file,
     first_folder,
-    is_file_name,
 )
 
 CAPTIONS_PER_IMAGE = 5  # COCO has up to seven; the 5k and 1k protocols take the first five

@@ -6,12 +6,18 @@ The format is `data/sources/coco.py`'s.  Class names are bare: no template, and 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from opencloc.data.sources.coco import (
+from opencloc.data.sources.coco_json import (
+    BAD_CAPTION,
+    BAD_FILE_NAME,
+    BAD_IMAGE_SIZE,
     EMPTY_BOX,
+    EMPTY_CAPTION,
+    STRAY_CAPTION,
     category_of,
     field_of,
     read_box,
@@ -21,11 +27,12 @@ from opencloc.data.sources.coco import (
     read_json,
     row_of,
 )
-from opencloc.errors import BadSample
+from opencloc.errors import BadSample, counted
 from opencloc.eval.sets.item import (
     BOXES,
     IMAGES,
     NO_REGIONS,
+    TEXTS,
     EvalSet,
     Item,
     Skipped,
@@ -37,8 +44,6 @@ from opencloc.eval.sets.item import (
 )
 
 FREQUENCIES = {"r": "rare", "c": "common", "f": "frequent"}
-BAD_FILE_NAME = "bad file name"
-_OF_IMAGES = (BAD_FILE_NAME, "bad image size")  # what `read_coco` and `read_images` count by images
 
 Entry = tuple[int, str, int, int]  # an image: id, file name, width and height in pixels
 
@@ -65,7 +70,7 @@ def lvis_recognition(
 def _recognition(path: str, folders: list[str]) -> EvalSet:
     file = read_coco(path)
     names, merged = merge_names(file.classes)
-    skipped = Counter({(IMAGES if reason in _OF_IMAGES else BOXES, reason): n for reason, n in file.skipped.items()})
+    skipped = with_units(file.skipped)
     folder = first_folder(folders, file.names)
     items = []
     for row, (name, size_px) in enumerate(zip(file.names, file.sizes_px.tolist(), strict=True)):
@@ -76,11 +81,10 @@ def _recognition(path: str, folders: list[str]) -> EvalSet:
             continue
         image = Stored(path=f"{folder}/{name}")
         items.append(Item(image=image, annotated_px=tuple(size_px), boxes=file.boxes[regions], texts=texts))
-    noticed = [f"{reason}: {number:,}" for reason, number in file.noticed.items()]
     groups = tuple(FREQUENCIES.get(frequency, "") for frequency in file.frequencies)
     return EvalSet(
         name=base_name(path),
-        rules="; ".join(filter(None, ["crowd annotations are left out", merged, *noticed])),
+        rules="; ".join(filter(None, ["crowd annotations are left out", merged, counted(file.noticed)])),
         items=items,
         num_items=len(items),
         skipped=skipped,
@@ -135,11 +139,18 @@ def fg_ovd(
 # -- what the readers of COCO's JSON share -----------------------------------------------------------------------------
 
 
+def with_units(reasons: Mapping[str, int]) -> Skipped:
+    """What `read_coco`, `read_images` and `read_captions` left out, by unit and reason."""
+    units: dict[str, str] = dict.fromkeys((BAD_FILE_NAME, BAD_IMAGE_SIZE), IMAGES)
+    units |= dict.fromkeys((EMPTY_CAPTION, BAD_CAPTION, STRAY_CAPTION), TEXTS)
+    return Counter({(units.get(reason, BOXES), reason): number for reason, number in reasons.items()})
+
+
 def images_of(path: str, content: dict[str, Any], skipped: Skipped) -> tuple[list[Entry], dict[int, int]]:
     """(the images of a file, the row of each by its id); those that cannot be used are counted and have row -1."""
     reasons: Counter[str] = Counter()
     entries = read_images(content["images"], path, reasons)
-    skipped.update({(IMAGES, reason): number for reason, number in reasons.items()})
+    skipped.update(with_units(reasons))
     return entries, {one["id"]: -1 for one in content["images"]} | {one[0]: row for row, one in enumerate(entries)}
 
 

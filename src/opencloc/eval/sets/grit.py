@@ -23,7 +23,19 @@ import pyarrow.parquet as pq
 from opencloc import files
 from opencloc.data.sample import IMAGE_EXTENSIONS
 from opencloc.data.tars.tar import index_shard
-from opencloc.eval.sets.item import BAD_BOX, BOXES, FILES, IMAGES, NO_REGIONS, EvalSet, Item, Skipped, Stored
+from opencloc.errors import and_skipped
+from opencloc.eval.sets.item import (
+    BAD_BOX,
+    BOXES,
+    FILES,
+    IMAGES,
+    NO_REGIONS,
+    EvalSet,
+    Item,
+    Skipped,
+    Stored,
+    in_words,
+)
 
 COLUMNS = ("noun_chunks", "ref_exps")
 
@@ -46,7 +58,7 @@ def grit_retrieval(location: str, *, texts: str = "noun_chunks", num: int = 2000
         if len(items) == num:
             break
     if not items:
-        raise ValueError(f"{location}: no image with {texts} (skipped: {dict(skipped)})")
+        raise ValueError(f"{location}: no image with {texts}{and_skipped(in_words(skipped))}")
     return EvalSet(name=texts, items=items, num_items=len(items), skipped=skipped)
 
 

@@ -22,9 +22,10 @@ from PIL import Image
 
 from opencloc import files
 from opencloc.boxes import box_problem
+from opencloc.data.sources.coco_json import is_file_name
 from opencloc.errors import BadSample
 from opencloc.images import decode_image, is_oriented
-from opencloc.texts import canonical
+from opencloc.texts import canonical, is_text
 
 READERS = 4  # threads that read and decode images
 
@@ -212,20 +213,6 @@ def _box_reason(box: np.ndarray) -> str | None:
     return EMPTY_BOX if is_empty else BAD_BOX
 
 
-def is_text(text: str) -> bool:
-    """Whether a text can be encoded: it holds no half of a surrogate pair."""
-    try:
-        canonical(text)
-    except ValueError:
-        return False
-    return True
-
-
-def is_file_name(name: str) -> bool:
-    """Whether a name in an annotation file can be a file below a folder: no URL, no NUL, valid Unicode."""
-    return bool(name) and "\0" not in name and "://" not in name and "::" not in name and is_text(name)
-
-
 def merge_names(names: Sequence[str]) -> tuple[tuple[str, ...], str]:
     """(the distinct names in canonical form, in order; a sentence on those that come more than once, or nothing).
 
@@ -267,6 +254,13 @@ def pixel_areas(boxes: np.ndarray, size_px: tuple[int, int]) -> np.ndarray:
     """Areas in pixels of normalised boxes (R, 4) of an image of (width, height)."""
     sides = (boxes[:, 2:] - boxes[:, :2]).astype(np.float64) * size_px
     return sides[:, 0] * sides[:, 1]
+
+
+def in_words(skipped: Skipped) -> dict[str, int]:
+    """A `Skipped` by words such as `images: without regions`."""
+    return {
+        f"{unit}: {reason}": number for unit, reasons in by_unit(skipped).items() for reason, number in reasons.items()
+    }
 
 
 def by_unit(skipped: Skipped) -> dict[str, dict[str, int]]:

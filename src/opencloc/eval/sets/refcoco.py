@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from opencloc import files
-from opencloc.data.sources.coco import field_of, read_json, row_of
+from opencloc.data.sources.coco_json import field_of, read_json, row_of
 from opencloc.eval.sets.coco import Entry, images_of, try_box
 from opencloc.eval.sets.item import EMPTY_TEXT, TEXTS, EvalSet, Item, Skipped, Stored, first_file, first_folder
 

@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from opencloc.data.sample import Sample, Source
-from opencloc.eval.sets.item import EvalSet, Item, is_text, merge_names
-from opencloc.texts import canonical
+from opencloc.data.sources.coco import Coco
+from opencloc.data.sources.labelled import left_out
+from opencloc.errors import counted
+from opencloc.eval.sets.coco import with_units
+from opencloc.eval.sets.item import FILES, EvalSet, Item, Skipped, merge_names
+from opencloc.texts import canonical, is_text
 
 NUM_IMAGES = 1000  # of a source, where no number is given
 
@@ -42,18 +46,25 @@ def source_set(source: Source, name: str, *, class_names: Sequence[str] | None =
     of the regions.  Raises ValueError for an empty list of names.
     """
     categories = source.class_names if class_names is None and isinstance(source, Annotated) else class_names or ()
-    names, rules = merge_names(categories)
+    names, merged = merge_names(categories)
     if class_names is not None and not names:
         raise ValueError("no class names to choose from")
     return EvalSet(
         name=name,
-        rules=rules,
+        rules="; ".join(filter(None, [merged, counted(source.noticed) if isinstance(source, Coco) else ""])),
         items=_Items(source),
         num_items=source.size,
         num_images=NUM_IMAGES,
+        skipped=_skipped(source),
         class_names=names,
         readers=1,  # sources promise nothing to threads; one reads ahead
     )
+
+
+def _skipped(source: Source) -> Skipped:
+    """What the source left out when it was opened."""
+    reasons = left_out(source)
+    return with_units(reasons) if isinstance(source, Coco) else Counter({(FILES, one): n for one, n in reasons.items()})
 
 
 def item_of(sample: Sample, annotated_px: tuple[int, int] | None = None) -> Item:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from opencloc.model.roi import SAMPLES_PER_BIN, roi_align
+from opencloc.model.prompter import SAMPLES_PER_BIN, roi_align
 
 
 def slow_bilinear(channel: torch.Tensor, x: float, y: float) -> float:
