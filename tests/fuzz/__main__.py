@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         prepare_process(Path(folder))
-        from tests.fuzz.kinds import KINDS, World
+        from tests.fuzz.kinds import KINDS
+        from tests.fuzz.world import World
 
         world = World(Path(folder))
         if number:
@@ -72,7 +73,7 @@ def _rng(seed: int, kind: str, number: int) -> Random:
 
 def _try_kind(world: Any, name: str, kind: Any, count: int, seed: int) -> dict[str, Any]:
     """How many inputs of a kind were tried, fine and refused, and the findings, one line each."""
-    from tests.fuzz.kinds import Refused
+    from tests.fuzz.world import Refused
 
     fine, findings = 0, []
     start = time.perf_counter()

@@ -24,7 +24,8 @@ from opencloc.images import decode_image
 from opencloc.model.prompts import Text
 from tests.eval import sets_on_disk as on_disk
 from tests.fuzz import mutate
-from tests.fuzz.kinds import KINDS, Refused, World, check_boxes, refusing
+from tests.fuzz.kinds import KINDS
+from tests.fuzz.world import Refused, World, check_boxes, refusing
 
 INPUTS = (
     Path(os.environ.get("OPENCLOC_DATA", Path(__file__).parents[3] / "shared" / "data")).parent / "cases" / "inputs"
@@ -66,16 +67,16 @@ def test_the_same_seed_gives_the_same_input():
 
 def test_a_finding_is_reported_with_the_input_that_made_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     from tests.fuzz import __main__ as program
-    from tests.fuzz import kinds
+    from tests.fuzz import kinds, world
 
-    def broken(world: World, rng: Random) -> None:
+    def broken(_: World, rng: Random) -> None:
         """nothing"""
         if rng.random() < 0.5:
             raise Refused
         raise KeyError("raw")
 
     monkeypatch.setattr(kinds, "KINDS", {"odd": kinds.Kind(share=100, attempt=broken)})
-    monkeypatch.setattr(kinds, "World", lambda folder: None)
+    monkeypatch.setattr(world, "World", lambda folder: None)
     monkeypatch.setattr(program, "prepare_process", lambda folder: None)  # it is pytest's
     assert program.main(["--inputs", "20", "--out", str(tmp_path)]) == 1
     figures = json.loads((tmp_path / "figures.json").read_text())["kinds"]["odd"]
