@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs as fsspec_url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
@@ -36,14 +35,14 @@ def local_path(url: str) -> str | None:
     return None if "://" in url else url
 
 
-def _filesystem(url: str) -> tuple[AbstractFileSystem, str]:
+def _filesystem(url: str) -> tuple[Any, str]:
     """The file system of `url`, and the path in it (of a local file the absolute one)."""
     if (path := local_path(url)) is not None:
         return LocalFileSystem(), os.path.abspath(path)
     return url_to_fs(url)
 
 
-def url_to_fs(url: str) -> tuple[AbstractFileSystem, str]:
+def url_to_fs(url: str) -> tuple[Any, str]:
     """The file system of a remote `url`, and the path in it.
 
     Raises ValueError naming the URL where the package for its kind is not installed (s3fs for `s3://`).
