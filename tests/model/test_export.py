@@ -177,3 +177,11 @@ def test_the_readme_says_what_to_set(checkpoint: Path, tmp_path: Path) -> None:
     readme = (tmp_path / "export" / "README.md").read_text()
     for words in ("image_aspect_ratio pad", "Ferret", "32 x 32"):
         assert words in readme
+
+
+def test_an_export_loaded_as_a_clip_sees_the_pixels_of_training(make: Callable[[str], Pair], tmp_path: Path) -> None:
+    for family in ("clip", "siglip", "siglip2"):
+        model, processor = make(family)
+        again = ClocProcessor.from_clip(export_clip(model, processor, tmp_path / family))
+        expected = processor.letterbox([photo(90, 30)])[0]
+        torch.testing.assert_close(again.letterbox([photo(90, 30)])[0], expected, atol=1e-5, rtol=1e-5)

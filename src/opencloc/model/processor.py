@@ -104,6 +104,8 @@ class ClocProcessor(ProcessorMixin):
             towers.check_family(config)
             settings = _image_settings(path)
             options: dict[str, Any] = {name: settings[name] for name in ("image_mean", "image_std") if name in settings}
+            if (unit := 255 * settings.get("rescale_factor", 1 / 255)) != 1:  # ours is 1/255: the same pixels by it
+                options = {name: [value / unit for value in values] for name, values in options.items()}
             if not settings.get("do_normalize", True):
                 options = {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
             return cls.for_towers(config, loading.load_tokenizer(path), path, **options)
