@@ -141,7 +141,7 @@ def fg_ovd(
 
 def with_units(reasons: Mapping[str, int]) -> Skipped:
     """What `read_coco`, `read_images` and `read_captions` left out, by unit and reason."""
-    units = dict.fromkeys((BAD_FILE_NAME, BAD_IMAGE_SIZE), IMAGES)
+    units: dict[str, str] = dict.fromkeys((BAD_FILE_NAME, BAD_IMAGE_SIZE), IMAGES)
     units |= dict.fromkeys((EMPTY_CAPTION, BAD_CAPTION, STRAY_CAPTION), TEXTS)
     return Counter({(units.get(reason, BOXES), reason): number for reason, number in reasons.items()})
 
