@@ -195,6 +195,8 @@ def _data_scenes(arguments: list[str]) -> None:
 
 def _export(arguments: list[str]) -> None:
     """Write a model's towers as a plain CLIP checkpoint, for LLaVA, Ferret and others"""
+    from transformers.utils.logging import disable_progress_bar
+
     from opencloc.model.cloc import ClocModel
     from opencloc.model.export import check_apart, export_clip
     from opencloc.model.processor import ClocProcessor
@@ -209,6 +211,7 @@ def _export(arguments: list[str]) -> None:
         """Folder to write.  An earlier export of that name is replaced, anything else refused."""
 
     config = _parse(Export, arguments, "export")
+    disable_progress_bar()  # transformers' own
     check_apart(config.model, config.out)
     model = ClocModel.from_pretrained(config.model)
     print(export_clip(model, ClocProcessor.from_pretrained(config.model), config.out))

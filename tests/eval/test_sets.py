@@ -61,16 +61,6 @@ def test_lvis_images_are_found_by_their_url_and_classes_have_frequencies(tmp_pat
     assert by_unit(data.skipped) == {}
 
 
-def test_training_and_evaluation_call_the_same_things_the_same(tmp_path: Path) -> None:
-    from opencloc.data.sources.coco import Coco, CocoConfig
-
-    disk.write_lvis(tmp_path)
-    source = Coco("", CocoConfig(instances=f"{tmp_path}/lvis_v1_val.json", images=str(tmp_path)))
-    data = open_set("lvis-recognition", str(tmp_path))
-    assert [source[i].texts for i in range(2)] == [item.texts for item in items_of("lvis-recognition", tmp_path)]
-    assert source.class_names == data.class_names
-
-
 def test_fg_ovd_boxes_have_their_true_caption_first(tmp_path: Path) -> None:
     disk.write_fg_ovd(tmp_path)
     data = open_set("fg-ovd", f"{tmp_path}?images={tmp_path}/coco")

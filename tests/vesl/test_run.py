@@ -11,9 +11,11 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from opencloc.cli import main
 from opencloc.data.scenes.scenes import SceneConfig, write_scenes
@@ -137,6 +139,14 @@ def test_retry_failed_redoes_only_shards_with_failures(scenes: str, tmp_path: Pa
     report = run_label(config, RunConfig(retry_failed=True))
     assert (report.finished_before, len(report.reports), report.skipped()) == (2, 2, {})
     assert_same_labels(tmp_path, undisturbed)
+
+
+def test_a_run_that_labels_no_image_is_a_failure(scenes: str, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos/0.png")  # without a caption
+    config = replace(configure(scenes, tmp_path), data=(str(tmp_path / "photos"),))
+    report = run_label(config)
+    assert (report.complete, report.images, report.labelled, report.exit_code) == (True, 1, 0, 1)
 
 
 def test_without_a_detector_the_command_says_what_to_give(scenes: str, capsys) -> None:
