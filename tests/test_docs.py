@@ -84,13 +84,15 @@ def test_every_page_is_in_the_menu_of_the_site() -> None:
 
 
 def test_every_result_names_what_made_it() -> None:
-    """A recipe, a benchmark, or a script that lies beside the figures."""
+    """A recipe, a benchmark, the fuzzing, or a script that lies beside the figures."""
     names = {path.stem for folder in ("recipes", "benchmarks") for path in (ROOT / folder).iterdir()}
     for folder in sorted((ROOT / "results").iterdir()):
         text = " ".join(path.read_text() for path in folder.rglob("*") if path.suffix in (".md", ".txt", ".json"))
         found = re.findall(r"(?:recipes|benchmarks)[/.](\w+)", text)
         scripts = [path for path in folder.glob("*.py") if path.name in text]
-        assert names.intersection(found) or scripts, f"results/{folder.name} names no command that exists"
+        assert names.intersection(found) or scripts or "python -m tests.fuzz" in text, (
+            f"results/{folder.name} names no command that exists"
+        )
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_of(page)], ids=lambda page: page.name)

@@ -348,7 +348,7 @@ def test_categories_of_one_name_are_one_class_and_it_is_said(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sentences": ["  "]}, r"image '1000.jpg': sentences must be objects"),
+        ({"sentences": ["  "]}, r"image '1000.jpg', sentence must be an object with raw"),
         ({"sentences": [{"raw": 1}]}, r"image '1000.jpg', sentence .*: raw must be str"),
         ({"filepath": float("-inf")}, r"filepath must be str, it is -inf"),
         ({"split": 10**18}, r"split must be str"),

@@ -25,6 +25,7 @@ from opencloc.model import towers
 
 # What older versions of transformers saved although it is computed: no sign of a wrong checkpoint.
 _COMPUTED = re.compile(r"(^|\.)embeddings\.position_ids$")
+_STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)  # what is no fault of a file
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 
 
@@ -163,11 +164,9 @@ def naming(path: str | Path) -> Iterator[None]:
     """Turns whatever a library raises while it opens a folder into a ValueError that names the folder and the file."""
     try:
         yield
-    except ImportError:  # a library that is not installed: the message says which
+    except (ImportError, *_STOPS):  # of a library that is not installed the message says which
         raise
-    except BaseException as error:  # each library has its own, tokenizers raises plain Exceptions, and panics
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
+    except BaseException as error:  # each library has its own; panics of tokenizers are no Exceptions
         reason = _broken_file(Path(path)) or " ".join(str(error).split())[:300] or type(error).__name__
         kind = OSError if isinstance(error, OSError) and not Path(path).is_dir() else ValueError  # of the hub
         raise kind(reason if reason.startswith(str(path)) else f"{path}: {reason}") from error
@@ -197,7 +196,9 @@ def _broken_file(folder: Path) -> str | None:
                 Tokenizer.from_file(str(file))
         except RecursionError:
             return f"{file.name} is nested too deep"
-        except Exception as error:  # safetensors and tokenizers have their own
+        except _STOPS:
+            raise
+        except BaseException as error:  # safetensors and tokenizers have their own, panics too
             return f"{file.name} is broken: {error}"
     return None
 

@@ -379,7 +379,7 @@ def _rows(values: Any, count: int, what: str) -> list[list[Any]]:
         array = as_array(values)
     except ValueError:  # rows of several lengths
         raise ValueError(f"{what} are not rows of {count} numbers each: {values!r}"[:300]) from None
-    if array.size == 0 and array.ndim <= 2:
+    if array.shape[:1] == (0,) and array.ndim <= 2:
         return []
     if array.dtype.kind not in "iuf":
         raise TypeError(f"{what} of type {array.dtype}: rows of {count} numbers are taken")
