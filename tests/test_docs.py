@@ -11,6 +11,7 @@ import yaml
 
 from opencloc.cli import VERBS, main
 from opencloc.model.cloc import ClocConfig, ClocModel
+from opencloc.model.export import export_clip
 from opencloc.model.processor import ClocProcessor, train_tokenizer
 from opencloc.presets import tiny
 from opencloc.train.build import tower_config
@@ -88,7 +89,7 @@ def test_every_result_names_what_made_it() -> None:
     names = {path.stem for folder in ("recipes", "benchmarks") for path in (ROOT / folder).iterdir()}
     for folder in sorted((ROOT / "results").iterdir()):
         text = " ".join(path.read_text() for path in folder.rglob("*") if path.suffix in (".md", ".txt", ".json"))
-        found = re.findall(r"(?:recipes|benchmarks)[/.](\w+)", text)
+        found = re.findall(r"(?:recipes|benchmarks|tests)[/.](\w+)", text)
         scripts = [path for path in folder.glob("*.py") if path.name in text]
         assert names.intersection(found) or scripts or "python -m tests.fuzz" in text, (
             f"results/{folder.name} names no command that exists"
@@ -97,8 +98,10 @@ def test_every_result_names_what_made_it() -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_of(page)], ids=lambda page: page.name)
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder where the quickstart's model lies, untrained.  A block may need a package that is not here."""
-    save_untrained(tmp_path / "runs/quickstart/cloc/model")
+    """In a folder where the quickstart's model lies, untrained, and its export.  A block may need a package in vain."""
+    folder = tmp_path / "runs/quickstart/cloc/model"
+    save_untrained(folder)
+    export_clip(ClocModel.from_pretrained(folder), ClocProcessor.from_pretrained(folder), tmp_path / "clip")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "__main__"}
     for code in python_of(page):

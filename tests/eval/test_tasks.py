@@ -298,8 +298,8 @@ def test_nothing_to_score_is_no_score() -> None:
     ("samples", "options", "message"),
     [
         (SAMPLES, {"tasks": ["naming"]}, "unknown task 'naming'; there are region-recognition, "),
-        ([], {}, "samples: no image can be used; skipped none"),
-        (["broken image"], {"max_missing": 1.0}, r"no image can be used; skipped images: broken image \(1\)"),
+        ([], {}, "samples: no image can be used"),
+        (["broken image"], {"max_missing": 1.0}, r"no image can be used; skipped: images: broken image \(1\)"),
         (["broken image", *SAMPLES], {}, r"\(--max-missing\); the last: sample 0: broken image"),
     ],
 )

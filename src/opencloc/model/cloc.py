@@ -1,11 +1,10 @@
 """ClocModel: a CLIP-like pair of towers with a Prompter and a box head (paper section 3).
 
-    features = model.encode_image(pixel_values)                 # once per image
-    regions = model.encode_regions(features, boxes)       # any number of prompts
+    features = model.encode_image(pixel_values)      # once per image
+    regions = model.encode_regions(features, boxes)  # any number of prompts
     boxes = model.ground(features, text_embeddings)
 
-This file owns the model and its configuration; losses are in `opencloc.loss`, images and strings become tensors in
-`opencloc.model.processor`.  Boxes are normalised to the letterboxed square that the model sees.
+Boxes are normalised to the letterboxed square that the model sees.
 
 Symbols: B images, M regions (or P prompts) per image, U distinct region texts, N patches, T tokens of a caption, W of
 a region text, D width of the vision tower, E width of the joint embedding, S side of the square in pixels, K patches
