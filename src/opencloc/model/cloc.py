@@ -301,8 +301,7 @@ class ClocModel(PreTrainedModel):
         ndim = 3 if isinstance(prompts, Tensor) else 2
         for boxes in [prompts] if isinstance(prompts, Tensor) else prompts:
             if isinstance(boxes, Tensor) and (boxes.ndim != ndim or boxes.shape[-1] != 4 or boxes.is_complex()):
-                wanted = "a tensor is (B, P, 4), in a list (P, 4) for each image, of real numbers"
-                raise ValueError(f"boxes of shape {tuple(boxes.shape)} and type {boxes.dtype}: {wanted}")
+                raise ValueError(f"boxes {tuple(boxes.shape)} of {boxes.dtype}: real (B, P, 4), or a list of (P, 4)")
         num_images = len(features.tokens)
         if len(prompts) != num_images:
             raise ValueError(f"{num_images} images but prompts for {len(prompts)}")
