@@ -6,7 +6,7 @@ included, captions some 40; padded to CLIP's 77 tokens, or to the longest of the
 padding.  Packed there is next to none, and a long text costs its own length only.  All rows have one length, so shapes
 differ by the number of rows only, and captions and region texts go through the tower together.
 
-This file owns the packing, on the host; `opencloc.model.towers` owns how a tower reads it.
+The packing is done on the host; `opencloc.model.towers` says how a tower reads it.
 
 Symbols: U texts, R rows, L tokens per row, W tokens of the longest text.
 """

@@ -141,6 +141,8 @@ def _find_files(location: str, config: CocoConfig) -> tuple[str, str | None, str
     if instances is None:
         if split is None:
             splits = _splits(location)
+            if not files.is_folder(location):
+                raise FileNotFoundError(f"{location}: no such folder")
             if not splits:
                 raise FileNotFoundError(f"{location}: no annotations/instances_*.json, no {_ROBOFLOW}")
             if len(splits) > 1:
