@@ -43,7 +43,8 @@ def xywh_px_to_xyxy(box_px: np.ndarray, width_px: int | np.ndarray, height_px: i
     Width and height are those of one image, or of each box's own, of shape (...).
     """
     x, y, w, h = np.moveaxis(np.asarray(box_px, dtype=np.float64), -1, 0)
-    box = np.stack([x / width_px, y / height_px, (x + w) / width_px, (y + h) / height_px], axis=-1)
+    with np.errstate(over="ignore", invalid="ignore"):  # an edge too large for a float is far outside, and clipped
+        box = np.stack([x / width_px, y / height_px, (x + w) / width_px, (y + h) / height_px], axis=-1)
     return np.clip(box, 0.0, 1.0).astype(np.float32)
 
 
