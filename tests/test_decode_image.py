@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
 
@@ -14,18 +13,7 @@ from PIL import Image
 
 from opencloc.errors import BadSample
 from opencloc.images import decode_image
-
-
-def picture(seed: int = 0, width: int = 12, height: int = 7) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def file_bytes(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
+from tests.helpers.tars import file_bytes, picture
 
 PNG = file_bytes(picture())
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import functools
 import http.server
-import io
 import json
 import multiprocessing
 import os
 import shutil
 import signal
-import tarfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -27,6 +24,7 @@ from opencloc.data.sidecar import SidecarRow, sidecar_path, write_sidecar
 from opencloc.data.sources.folder import ImageFolder
 from opencloc.data.stream import TrainingExamples, _Rows, check_skipped
 from opencloc.data.tars.shards import Shards, ShardsConfig, index_shard
+from tests.helpers.tars import put_remote, tar_bytes, write_tars
 
 GB = 1e9
 
@@ -35,32 +33,6 @@ GB = 1e9
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("OPENCLOC_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def tar_bytes(shard: int, count: int) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for row in range(count):
-            image = io.BytesIO()
-            Image.new("RGB", (8, 8), (shard, row, 0)).save(image, "PNG")
-            for extension, data in (("png", image.getvalue()), ("txt", f"{shard}/{row}".encode())):
-                info = tarfile.TarInfo(f"{row:03d}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
-
-
-def write_tars(folder: Path, sizes: list[int]) -> Path:
-    folder.mkdir(exist_ok=True)
-    for shard, size in enumerate(sizes):
-        (folder / f"{shard}.tar").write_bytes(tar_bytes(shard, size))
-    return folder
-
-
-def put_remote(name: str, sizes: list[int]) -> str:
-    for shard, size in enumerate(sizes):
-        fsspec.filesystem("memory").pipe_file(f"/{name}/{shard}.tar", tar_bytes(shard, size))
-    return f"memory://{name}"
 
 
 def stream(*sources: Shards, lanes: int = 2) -> TrainingExamples:

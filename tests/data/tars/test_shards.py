@@ -18,24 +18,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from opencloc.data.sample import Sample
 from opencloc.data.sidecar import SidecarRow, sidecar_path, write_sidecar
 from opencloc.data.tars.shards import Shards, ShardsConfig, ShardWriter, expand_urls, index_shard, iter_shard
 from opencloc.errors import BadSample
-
-
-def picture(seed: int = 0, width: int = 12, height: int = 7) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def file_bytes(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
+from tests.helpers.tars import file_bytes, picture
 
 PNG = file_bytes(picture())
 

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from opencloc.data.sample import Sample
 from opencloc.data.tars.shards import Shards, ShardWriter, index_shard
 from opencloc.data.tars.urls import UNFINISHED
-
-
-def picture(seed: int = 0, width: int = 12, height: int = 7) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def file_bytes(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
+from tests.helpers.tars import file_bytes, picture
 
 
 def test_the_same_samples_write_the_same_bytes(tmp_path: Path) -> None:
