@@ -17,6 +17,7 @@ from typing import TypeVar
 from opencloc.data.sample import Sample
 from opencloc.data.sidecar import SidecarRow
 from opencloc.errors import BadSample, redacted
+from opencloc.texts import is_text
 from opencloc.vesl.captioners import Captioner
 from opencloc.vesl.detect import Detections, Detector
 from opencloc.vesl.filters import FilterConfig, filter_detections
@@ -109,7 +110,7 @@ def _label_batch(engine: Engine, batch: Sequence[Sample | BadSample], tally: Tal
     for sample, answer in zip(good, answers, strict=True):
         if isinstance(answer, BadSample):
             bad[sample.key] = answer
-        elif is_unicode(answer):
+        elif is_text(answer):
             captions[sample.key] = answer
         else:
             bad[sample.key] = BadSample("not Unicode", sample.key, "half a surrogate pair in the caption")
@@ -205,15 +206,6 @@ def _row(
 def _error_row(key: str, caption: str | None, reason: str, detail: str) -> SidecarRow:
     error = redacted(f"{reason}: {detail}")[:_MAX_ERROR_CHARS] if detail else reason
     return SidecarRow(key=key, caption=caption, error=error.encode(errors="replace").decode())
-
-
-def is_unicode(text: str) -> bool:
-    """Whether the text can be written: it holds no half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _describe(error: Exception) -> str:

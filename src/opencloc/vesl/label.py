@@ -19,10 +19,11 @@ from opencloc.data.sources.folder import ImageFolder
 from opencloc.data.sources.spec import open_source, parse_spec
 from opencloc.data.tars.shards import expand_urls, iter_shard
 from opencloc.errors import BadSample, redacted
+from opencloc.texts import is_text
 from opencloc.vesl.captioners import load_captioner
 from opencloc.vesl.config import LabelConfig, config_hash, versions
 from opencloc.vesl.detectors import load_detector
-from opencloc.vesl.engine import Engine, Skipped, Tally, is_unicode, label_samples
+from opencloc.vesl.engine import Engine, Skipped, Tally, label_samples
 from opencloc.vesl.phrases import MAX_PHRASES, NGRAM_MAX_PHRASES, extract_phrases, ngram_phrases, tagger_weights
 
 Progress = Callable[[int], None]
@@ -152,7 +153,7 @@ def _fresh(
             tally.skip(item.reason, item.detail or key)
         elif key in seen:
             tally.skip("duplicate key", key)
-        elif not is_unicode(key):
+        elif not is_text(key):
             tally.skip("name is not Unicode", ascii(key))
         else:
             seen.add(key)
