@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.configuration_utils import SubConfigSpec
 
 from opencloc import files
 from opencloc.model import loading, towers
@@ -72,7 +71,7 @@ class ClocConfig(PreTrainedConfig):
     """
 
     model_type = "cloc"
-    sub_configs_defaults = {"clip_config": SubConfigSpec(config_class=AutoConfig, model_type="clip")}  # noqa: RUF012
+    sub_configs = {"clip_config": AutoConfig}  # noqa: RUF012
 
     clip_config: dict | PreTrainedConfig | None = None
     prompter: Literal["cross", "encoder", "roi", "pool"] = "cross"
@@ -82,6 +81,12 @@ class ClocConfig(PreTrainedConfig):
     box_head: Literal["anchored", "mlp"] = "anchored"
     roi_size: int = 4
     regions_trained: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # by hand: how a configuration makes those inside it has changed in the course of transformers 5
+        if not isinstance(self.clip_config, PreTrainedConfig):
+            self.clip_config = AutoConfig.for_model(**{"model_type": "clip"} | (self.clip_config or {}))
+        super().__post_init__(**kwargs)
 
 
 @dataclass(frozen=True, kw_only=True)
