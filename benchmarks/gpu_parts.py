@@ -139,7 +139,7 @@ def steps(device: torch.device, sizes: Sizes, found: Found) -> None:
     flops = {name: count_flops(model, first, loss) for name, loss in (("CLIP", CLIP), ("CLOC", LossConfig()))}
     found("gflop_per_image", flops)
     grow(model, optimizer, processor, sizes, device, found)
-    found("variants", variants(model, optimizer, first, sizes, device))
+    found("variants", variants(model, optimizer, processor, first, sizes, device))
     found("optimizers", optimizers(model, first, sizes, device))
     if find_spec("open_clip") and device.type == "cuda":
         texts = torch.nn.functional.pad(first.input_ids, (0, 77 - first.input_ids.shape[1]))

@@ -14,12 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import take_turns, timed
+from benchmarks.step_setup import make_step
 from opencloc.config import LossConfig, OptimConfig
 from opencloc.data.batch import Batch, text_identity
 from opencloc.data.scenes.things import CHARACTERS
+from opencloc.loss import cloc_loss
 from opencloc.model.cloc import ClocConfig, ClocModel
 from opencloc.model.processor import ClocProcessor, train_tokenizer
 from opencloc.presets import PRESETS
@@ -183,10 +186,35 @@ def grow(
 
 
 def variants(
-    model: ClocModel, optimizer: torch.optim.Optimizer, batch: Batch, sizes: Sizes, device: torch.device
+    model: ClocModel,
+    optimizer: torch.optim.Optimizer,
+    processor: ClocProcessor,
+    batch: Batch,
+    sizes: Sizes,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """Seconds of a CLOC step in other forms, all taking turns."""
+    """Seconds of steps in other forms, all taking turns."""
     steps = {"CLOC": training_step(model, optimizer, batch, LossConfig())}
+    ids: list[Any] = [processor.pack(texts.cpu()).to(device) for texts in (batch.input_ids, batch.text_ids)]
+
+    def packed(regions: bool) -> Tensor:
+        given = (batch.boxes, ids[1], batch.text_index) if regions else ()
+        output = model(batch.pixel_values, ids[0], *given)
+        return cloc_loss(output, batch.boxes, batch.valid, batch.text_hash, LossConfig()).total
+
+    def transformers() -> Tensor:
+        missing = processor.max_text_length - batch.input_ids.shape[1]
+        full = torch.nn.functional.pad(batch.input_ids, (0, missing), value=processor.tokenizer.pad_token_id)
+        return model.clip(pixel_values=batch.pixel_values, input_ids=full, return_loss=True).loss
+
+    bf16 = device.type == "cuda"
+    steps |= {
+        "CLIP, texts packed": make_step((lambda: packed(False), model), optimizer, device, bf16),
+        "CLOC, texts packed": make_step((lambda: packed(True), model), optimizer, device, bf16),
+        "CLIP by plain transformers, captions padded in full": make_step(
+            (transformers, model), optimizer, device, bf16
+        ),
+    }
     steps["CLOC, micro-batches of a quarter"] = training_step(
         model, optimizer, batch, LossConfig(), max(1, len(batch.pixel_values) // 4)
     )
