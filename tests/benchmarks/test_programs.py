@@ -208,6 +208,21 @@ def test_data(run: Run, photos: Path) -> None:
     assert "opencloc, with regions" in (out / "README.md").read_text()
 
 
+def test_scale_counts_every_sample_once_and_lists_a_folder_once(run: Run) -> None:
+    out = run("scale", "--shards", 40, "--samples", 5000, "--ranks", 4, "--preset", "tiny")
+    figures = json.loads((out / "figures.json").read_text())
+    assert figures["exact"]["once"] == figures["exact"]["positions"] == 80
+    assert all(one["tars_in_no_lane"] == 0 for one in figures["sharing"].values())
+    opened, labels = figures["opening"], figures["labelling"]
+    assert opened["first"]["calls"]["reads"] == 40
+    assert "reads" not in opened["again"]["calls"]
+    assert opened["again"]["calls"]["looks"] < 10
+    assert labels["find"]["calls"]["looks"] < 10
+    assert labels["find"]["calls"]["listings"] == labels["resume"]["calls"]["listings"] == 1
+    assert (labels["pending"], labels["finished"], labels["retry"]["redone"]) == (20, 20, 2)
+    assert "| measured | tiny |" in (out / "README.md").read_text()
+
+
 def test_data_libraries_decode_at_the_scale_needed_and_letterbox_as_opencloc_does() -> None:
     ramp = np.linspace(0, 255, 90 * 60 * 3).reshape(60, 90, 3).astype(np.uint8)
     image = Image.fromarray(ramp)
