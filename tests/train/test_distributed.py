@@ -98,7 +98,9 @@ def base(config: MakeConfig) -> TrainConfig:
     return config(
         Path("unused"),
         data=DataConfig(train=("scenes:rich?min_objects=1&missing_region=0.6",), num_workers=0, patch_dropout=0.25),
-        optim=OptimConfig(lr=1e-3, warmup_steps=2, eps=1e-3),  # so that Adam does not blow rounding errors up
+        optim=OptimConfig(
+            name="muon", lr=1e-3, warmup_steps=2, eps=1e-3
+        ),  # so that Adam does not blow rounding errors up
         keep_checkpoints=3,
     )
 
@@ -135,11 +137,14 @@ def test_two_ranks_train_what_one_process_trains(
     torch.testing.assert_close(moments, expected, atol=2e-6, rtol=1e-3)
 
 
-def test_muon_on_two_ranks_trains_what_one_process_trains(base: TrainConfig, tmp_path: Path) -> None:
-    config = replace(base, steps=3, optim=replace(base.optim, name="muon"))
+def test_adamw_on_two_ranks_trains_what_one_process_trains(base: TrainConfig, tmp_path: Path) -> None:
+    """All the other runs here are Muon's."""
+    config = replace(base, steps=3, optim=replace(base.optim, name="adamw"))
     train(replace(config, out=str(tmp_path / "single")))
-    on_two_ranks(lambda _: train(replace(config, out=str(tmp_path / "run"))) and None, tmp_path)
-    assert_same_run(tmp_path / "run", tmp_path / "single")
+    for sharding in ("ddp", "fsdp"):
+        two = replace(config, out=str(tmp_path / sharding), sharding=sharding)
+        on_two_ranks(lambda _, two=two: train(two) and None, tmp_path / f"{sharding}_ranks")
+        assert_same_run(tmp_path / sharding, tmp_path / "single")
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])

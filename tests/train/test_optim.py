@@ -178,7 +178,9 @@ def test_frozen_run_resumes_byte_for_byte_and_refuses_other_parts(
     expected = tree(tmp_path / "run/checkpoints/step_0000006"), tree(tmp_path / "run/model")
     cut_off(tmp_path / "run", after=2)
     other = replace(run, optim=replace(run.optim, lr_factors=LrFactors(vision=0, text=0)))
-    with pytest.raises(ValueError, match=r"\n  optim.lr_factors.towers: 0 there, 1.0 asked for\n  optim.lr_factors.vi"):
+    with pytest.raises(
+        ValueError, match=r"\n  optim.lr_factors.towers: 0.0 there, 1.0 asked for\n  optim.lr_factors.vi"
+    ):
         train(other)
     train(run)
     assert (tree(tmp_path / "run/checkpoints/step_0000006"), tree(tmp_path / "run/model")) == expected

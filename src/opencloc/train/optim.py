@@ -50,10 +50,15 @@ def set_trained_parts(model: nn.Module, factors: LrFactors) -> None:
     """Puts the model into training mode but for the parts with factor 0, which are frozen, in place.
 
     Their parameters ask for no gradient and their modules are in evaluation mode.  So a frozen tower keeps nothing for
-    a backward pass, and nothing of it is exchanged between ranks.  Before the model is spread over ranks.
+    a backward pass, and nothing of it is exchanged between ranks.  Before the model is spread over ranks.  Raises
+    ValueError if only prompts and temperatures were left: `pool` has no weights of its own, and uses neither.
     """
+    learning = set()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(lr_factor(name, factors) > 0)
+        learning |= {name.partition(".")[0]} if parameter.requires_grad else set()
+    if learning.isdisjoint({"clip", "prompter", "box_head"}):
+        raise ValueError("nothing is left to train: optim.lr_factors freezes every part of this model that has weights")
     model.train()
     for module in model.modules():
         if (own := list(module.parameters())) and not any(parameter.requires_grad for parameter in own):
@@ -64,7 +69,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """The optimizer of the trainable parameters: weight decay on matrices, none on vectors, positions and scales.
 
     With `name` "muon" the matrices of the towers' transformer layers are Muon's; embeddings, projections into the joint
-    space, the region parts and all vectors are AdamW's.  Raises ValueError if no parameter is trainable.
+    space, the region parts and all vectors are AdamW's.
     """
     groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -76,8 +81,6 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
             else:
                 kind = "muon" if config.name == "muon" and parameter.ndim == 2 and ".layers." in name else "matrix"
             groups.setdefault((kind, lr_factor(name, config.lr_factors)), []).append(parameter)
-    if not groups:
-        raise ValueError("nothing is left to train: optim.lr_factors freezes every part of this model that has weights")
     listed: list[dict[str, Any]] = [
         {
             "params": parameters,
