@@ -70,8 +70,8 @@ def test_three_steps_are_those_of_torchs_own_muon() -> None:
     """Which rounds to bfloat16."""
     start = random(24, 64, dtype=torch.float32)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    options = {"lr": 0.02, "weight_decay": 0.5}
-    optimizers = make(ours, **options), torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **options)
+    torchs = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
+    optimizers = make(ours, lr=0.02, weight_decay=0.5), torchs
     for seed in range(3):
         for weight, optimizer in zip((ours, theirs), optimizers, strict=True):
             weight.grad = random(24, 64, seed=seed, dtype=torch.float32)
