@@ -154,7 +154,7 @@ def test_models_are_named_folders_with_a_way(spec: str, parts: tuple[Any, ...]) 
 
 
 def test_a_way_that_is_none_is_named() -> None:
-    with pytest.raises(ValueError, match=r"embedded by prompter, crop, roi, not by 'magic'"):
+    with pytest.raises(ValueError, match=r"embedded by prompter, crop, roi, maskclip, pool, not by 'magic'"):
         parse_model("runs/a@magic")
 
 
