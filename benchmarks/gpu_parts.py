@@ -89,7 +89,7 @@ def machine(device: torch.device, sizes: Sizes, found: Found) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     if device.type == "cuda":
         found("gpu_gb", torch.cuda.get_device_properties(device).total_memory / 1e9)
-        nccl: Any = torch.cuda.nccl
+        nccl: Any = torch.cuda.nccl  # pyright: ignore[reportAttributeAccessIssue]
         found("versions_gpu", {"cuda": torch.version.cuda, "nccl": ".".join(map(str, nccl.version()))})
     found("matmul_tflops", max(matmul_peak(device, device.type == "cuda", sizes.matmul) for _ in range(3)) / 1e12)
     found("datasheet_tflops", next((value for key, value in DATASHEET_TFLOPS.items() if key in name), None))

@@ -97,7 +97,7 @@ def load(path: str | Path) -> PreTrainedModel:
 
     Raises ValueError naming tensors that have no place in transformers' CLIP, or another shape there, or are missing.
     """
-    config = read_config(path)
+    config: Any = read_config(path)
     if not (file := Path(path) / WEIGHTS).is_file():
         raise ValueError(f"{path}: there is no {WEIGHTS}; weights in pickles (.bin, .pt) are not opened")
     state: dict[str, Tensor] = {}
