@@ -132,7 +132,7 @@ def outcome(case: ElementTree.Element) -> dict[str, Any]:
 def steps(device: torch.device, sizes: Sizes, found: Found) -> None:
     """CLIP and CLOC steps at growing batches, and at the first one what variants of the step cost."""
     model, processor = make_model(sizes, device)
-    optimizer = make_optimizer(model, OptimConfig(lr=1e-6))
+    optimizer = make_optimizer(model, OptimConfig(name="adamw", lr=1e-6))
     found("parameters", sum(p.numel() for p in model.parameters()))
     first = make_batch(processor, sizes.batches[0], sizes.num_regions, device)
     found("tokens", {"caption": first.input_ids.shape[1], "region text": first.text_ids.shape[1]})
@@ -156,10 +156,10 @@ def compiled(device: torch.device, sizes: Sizes, found: Found) -> None:
     apply_options(model, TrainConfig(compile=True))
     started = time.perf_counter()
     batch = make_batch(processor, sizes.batches[0], sizes.num_regions, device)
-    training_step(model, make_optimizer(model, OptimConfig(lr=1e-6)), batch, LossConfig())()
+    training_step(model, make_optimizer(model, OptimConfig(name="adamw", lr=1e-6)), batch, LossConfig())()
     found("first_step_s", time.perf_counter() - started)
     fewer = replace(sizes, batches=sizes.batches[:3])  # the second size compiles once more, for any size
-    grow(model, make_optimizer(model, OptimConfig(lr=1e-6)), processor, fewer, device, found)
+    grow(model, make_optimizer(model, OptimConfig(name="adamw", lr=1e-6)), processor, fewer, device, found)
 
 
 # -- the loss --------------------------------------------------------------------------------------------------------

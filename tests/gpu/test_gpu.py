@@ -30,7 +30,8 @@ from opencloc.train.build import apply_options, build_model
 from opencloc.train.checkpoint import save_model
 from opencloc.train.distributed import clip_gradients
 from opencloc.train.loop import backward, train
-from opencloc.train.optim import make_optimizer, orthogonalize
+from opencloc.train.muon import orthogonalize
+from opencloc.train.optim import make_optimizer
 from tests.train.runs import MakeConfig, cut_off, log, steps_kept
 
 ROOT = Path(__file__).parents[2]
@@ -190,7 +191,7 @@ def test_the_predictor_answers_alike(gpu: torch.device, config: MakeConfig, tmp_
 
 @pytest.mark.parametrize("shape", [(32, 32), (24, 96), (96, 24)])
 def test_a_matrix_is_made_orthogonal_as_on_the_cpu(gpu: torch.device, shape: tuple[int, int]) -> None:
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    matrix = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     close(orthogonalize(matrix.to(gpu)), orthogonalize(matrix), 1e-3)
 
 
