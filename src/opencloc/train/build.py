@@ -31,8 +31,9 @@ def build_model(
     takes its processor and architecture from its checkpoint; weights are loaded by the caller.
     """
     model, processor = _build(config, sources, resume_from)
-    model.config.regions_trained |= config.loss.region_weight > 0
-    model.config.grounding_trained |= config.loss.region_weight * config.loss.grounding_weight > 0
+    factors = config.optim.lr_factors
+    model.config.regions_trained |= config.loss.region_weight * factors.prompter > 0
+    model.config.grounding_trained |= config.loss.region_weight * config.loss.grounding_weight * factors.heads > 0
     model.float()  # weights are fp32 whatever the checkpoint was saved in; `precision` says what is computed in
     model.set_attn_implementation(config.model.attention)
     apply_options(model, config)
