@@ -134,7 +134,8 @@ def test_open_images_boxes_lose_groups_and_keep_depictions(tmp_path: Path) -> No
     [
         (",/m/0cmf2,1,0,", ",/m/nothing,1,0,", r"bbox\.csv, line 2: LabelName '/m/nothing' is none of 3 classes"),
         ("XMin", "Left", r"bbox\.csv: no column XMin in the first line"),
-        (",0,1,1,1,0,1,1\n", ",0,1\n", r"bbox\.csv, line 4: fewer fields than columns"),
+        (",0,1,1,1,0,1,1\n", ",0,1\n", r"bbox\.csv, line 4: 8 fields in 13 columns"),
+        ("xclick", "x" * 200_000, r"bbox\.csv: not a CSV \(field larger than field limit"),
     ],
 )
 def test_broken_rows_of_open_images_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
