@@ -7,14 +7,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -gt 0 ] || { echo "usage: recipes/eval_photos.sh [NAME=]FOLDER[@WAY] ..." >&2; exit 2; }
 source recipes/facts.sh
-data=$(cd "${OPENCLOC_DATA:-../shared/data}" && pwd)
+data=${OPENCLOC_DATA:-../shared/data}
 out=${OUT:-runs/eval}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-photos=$(mktemp -d) # the photos under the names that the sets give them
-trap 'rm -rf "$photos"' EXIT
-ln -s "$data/coco740/images" "$photos/val2017"
-for photo in "$data"/coco740/images/*.jpg; do ln -s "$photo" "$photos/COCO_val2014_${photo##*/}"; done
+photos=runs/coco740 # the photos under the names that the sets give them
+mkdir -p "$photos"
+ln -sfn "$(realpath "$data/coco740/images")" "$photos/val2017"
+for photo in "$data"/coco740/images/*.jpg; do ln -sf "$(realpath "$photo")" "$photos/COCO_val2014_${photo##*/}"; done
 
 coco=$data/coco740 sets=$data/benchmarks
 .venv/bin/opencloc eval coco-recognition coco-retrieval lvis-recognition fg-ovd sugarcrepe grounding --data \
