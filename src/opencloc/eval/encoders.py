@@ -140,7 +140,7 @@ class ClocEncoder(_Towers):
         return self._model.encode_regions(encoded.state[0], prompts)
 
     def ground(self, encoded: EncodedImages, texts: Sequence[Tensor]) -> list[Tensor] | None:
-        if not self._model.has_text_prompts:
+        if not (self._model.has_text_prompts and self._model.config.grounding_trained):
             return None
         features, letterboxes = encoded.state
         width = encoded.embedding.shape[1]
