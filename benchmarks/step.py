@@ -189,9 +189,9 @@ def ratios(times: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, floa
     return found
 
 
-def matmul_peak(device: torch.device, bf16: bool) -> float:
+def matmul_peak(device: torch.device, bf16: bool, size: int | None = None) -> float:
     """FLOP/s of a large square matrix product, the best of several."""
-    size = 8192 if device.type == "cuda" else 2048
+    size = size or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32) for _ in range(2))
     return max(2 * size**3 / timed(lambda: torch.mm(a, b), device)["busy_s"] for _ in range(8))
 

@@ -63,8 +63,8 @@ def make_inputs(
     captions = [" ".join(caption.strip() for caption in sample.captions[:4]) for sample in samples]
     tokenizer = train_tokenizer(captions, model.vocab_size, TEXT_LENGTH)
     config = tower_config(model, tokenizer)
-    config.text_config.vocab_size = model.vocab_size
     processor = ClocProcessor.for_towers(config, tokenizer)
+    config.text_config.vocab_size = model.vocab_size
     rng = np.random.default_rng(0)
     images, boxes, texts, chosen_captions = [], [], [], []
     for i in rng.permutation(len(samples)):
