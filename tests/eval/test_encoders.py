@@ -108,7 +108,7 @@ class ColourOracle(ClocModel):
         regions = []
         for pixels, rows in zip(features.tokens.unflatten(1, features.grid), prompts, strict=True):
             if isinstance(rows, list):
-                masks = [F.interpolate(one.mask[None, None], features.grid)[0, 0, :, :, None] for one in rows]
+                masks = [F.interpolate(one.mask[None, None].float(), features.grid)[0, 0, :, :, None] for one in rows]
                 regions.append(torch.stack([(pixels * mask).sum((0, 1)) for mask in masks]))
                 continue
             inner = (rows * side + torch.tensor([1.0, 1.0, -1.0, -1.0])).round().int().tolist()  # away from the edges
