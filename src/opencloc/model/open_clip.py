@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel
+from transformers import PreTrainedConfig  # no CLIP classes: they may be on their way in just now
 
 from opencloc.images import MEAN_RGB, STD_RGB
 
@@ -56,7 +56,7 @@ def is_open_clip(path: str | Path) -> bool:
     return (folder / CONFIG).is_file() and not any(folder.glob("model*.safetensors"))
 
 
-def read_config(path: str | Path) -> CLIPConfig:
+def read_config(path: str | Path) -> PreTrainedConfig:
     """transformers' configuration of an OpenCLIP folder.
 
     Raises ValueError naming the setting that transformers' CLIP has no place for: towers of timm, ResNets, language
@@ -80,6 +80,8 @@ def read_config(path: str | Path) -> CLIPConfig:
     if len(sides) != 2 or sides[0] != sides[1] or not isinstance(layers, int):
         raise ValueError(f"{path}: needs a ViT that sees a square; it has image_size {side} and layers {layers}")
     width, act = vision.get("width", 768), "quick_gelu" if cfg.get("quick_gelu") else "gelu"
+    from transformers import CLIPConfig
+
     return CLIPConfig(
         projection_dim=cfg["embed_dim"],
         vision_config=_tower(vision, 768, width // vision.get("head_width", 64), act)
@@ -95,7 +97,7 @@ def load(path: str | Path, **options: Any) -> Any:
 
     Raises ValueError naming tensors that have no place in transformers' CLIP.
     """
-    config = read_config(path)
+    config: Any = read_config(path)
     if not (file := Path(path) / WEIGHTS).is_file():
         raise ValueError(f"{path}: there is no {WEIGHTS}")
     state: dict[str, Tensor] = {}
@@ -107,6 +109,8 @@ def load(path: str | Path, **options: Any) -> Any:
     if unknown:
         names = ", ".join(unknown[:5]) + ", ..." * (len(unknown) > 5)
         raise ValueError(f"{path}: {WEIGHTS} has {len(unknown)} tensors with no place in CLIP: {names}")
+    from transformers import CLIPModel
+
     return CLIPModel.from_pretrained(None, config=config, state_dict=state, **options)
 
 
