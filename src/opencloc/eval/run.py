@@ -16,11 +16,12 @@ from opencloc.data.sources.spec import open_source
 from opencloc.devices import Precision, choose_device, computes_in_bf16
 from opencloc.errors import and_skipped
 from opencloc.eval.encoders import Encoder, RegionWay, View, check_regions, load_encoder, natural_way
+from opencloc.eval.pictures import Prediction, predict
 from opencloc.eval.registry import BENCHMARKS, SOURCE_TASKS, TASKS, open_set, task_name
 from opencloc.eval.report import Result, flat_metrics, to_json, to_markdown, write_html_report
 from opencloc.eval.sets.item import IMAGES, EvalSet, Loaded, Unread, by_unit, in_words, load
 from opencloc.eval.sets.source import source_set
-from opencloc.eval.tasks import Ask, Batch, Prediction, Scores, predict
+from opencloc.eval.tasks import Ask, Batch, Scores
 from opencloc.eval.text_bank import TextBank, check_finite
 from opencloc.progress import Meter
 

@@ -145,7 +145,7 @@ def box_penalty(boxes: Float[Tensor, "*S 4"], grid: tuple[int, int]) -> Float[Te
     return coverage_penalty(coverage.flatten(-2), distance.flatten(-2))
 
 
-def mask_penalty(mask: Float[Tensor, "H W"], grid: tuple[int, int]) -> Float[Tensor, " N"]:
+def mask_penalty(mask: Float[Tensor, "H W"] | Bool[Tensor, "H W"], grid: tuple[int, int]) -> Float[Tensor, " N"]:
     """`coverage_penalty` of a mask."""
     coverage = nn.functional.adaptive_avg_pool2d(mask.float()[None, None], grid).flatten()
     centres = _in_patches(patch_centres(grid, mask.device), grid)
