@@ -1,7 +1,8 @@
 """Photos with COCO-format JSON: images with boxes of named classes and human captions.
 
-Boxes refer to the pixels as stored, whatever EXIF orientation says.  The files lie as COCO lays them out, or as
-Roboflow does, with `_annotations.coco.json` among the images of `train`, `valid` and `test`.
+Boxes refer to the pixels as stored, whatever EXIF orientation says.  The files lie as COCO lays them out; as Roboflow
+does, with `_annotations.coco.json` among the images of `train`, `valid` and `test`; or as LVIS and Objects365 name
+theirs, `lvis_v1_SPLIT.json` and `zhiyuan_objv2_SPLIT.json`, whose images have their folder in their name.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ from opencloc import files
 from opencloc.data.sample import Sample
 from opencloc.data.sidecar import SidecarRow, label_sizes, read_labels, with_labels
 from opencloc.data.sources.coco_json import STRAY_CAPTION, read_captions, read_coco
-from opencloc.errors import BadSample
+from opencloc.data.sources.table import image_file
 from opencloc.images import decode_image
 
 _ROBOFLOW = "_annotations.coco.json"
 _ROBOFLOW_SPLITS = ("train", "valid", "test")
+_NAMES = ("instances_", "lvis_v1_", "zhiyuan_objv2_")  # of files in annotations/ or, but for COCO's own, beside it
 
 
 @dataclass(frozen=True, kw_only=True)
 class CocoConfig:
     """Which files of a COCO folder are read, and how."""
 
-    split: str | None = None  # annotations/instances_SPLIT.json or SPLIT/_annotations.coco.json; None: the only one
+    split: str | None = None  # of annotations/instances_SPLIT.json and so on; None: the only one
     images: str | None = None  # folder of the images; None: images/ or SPLIT/ in the location
     instances: str | None = None  # file; None: the split's
     captions: str | None = None  # file; None: the split's, if it exists
@@ -88,13 +90,7 @@ class Coco:
 
     def image_bytes(self, index: int) -> bytes:
         """The image of a sample as it is stored."""
-        path = f"{self.images_path}/{self._file.names[index]}"
-        try:
-            return files.read_bytes(path)
-        except FileNotFoundError as error:
-            raise BadSample("missing image file", path) from error
-        except OSError as error:
-            raise BadSample("unreadable image file", path, str(error)) from error
+        return image_file(f"{self.images_path}/{self._file.names[index]}")
 
     def label_sizes(self) -> dict[str, int | None]:
         """Sizes of the files that regions come from."""
@@ -129,10 +125,18 @@ def _roboflow_splits(folder: str) -> list[str]:
 
 def _splits(location: str) -> list[str]:
     """The splits in a location (the figures of sidecars, `instances_SPLIT.NAME_stats.json`, are none)."""
-    folder = f"{location}/annotations"
-    names = [os.path.basename(path) for path in files.children(folder)] if files.is_folder(folder) else []
-    coco = [match[1] for name in names if (match := re.fullmatch(r"instances_([^.]+)\.json", name))]
-    return coco or _roboflow_splits(location)
+    pattern = re.compile(rf"(?:{'|'.join(_NAMES)})([^.]+)\.json")
+    found: list[str] = []
+    for folder in (f"{location}/annotations", location):
+        names = [os.path.basename(path) for path in files.children(folder)] if files.is_folder(folder) else []
+        found += [match[1] for name in names if (match := pattern.fullmatch(name))]
+    return found or _roboflow_splits(location)
+
+
+def _large_set(location: str, split: str) -> str | None:
+    """The file of LVIS or Objects365 for a split."""
+    places = [f"{location}/{part}{name}{split}.json" for part in ("annotations/", "") for name in _NAMES[1:]]
+    return next(filter(files.exists, places), None)
 
 
 def _find_files(location: str, config: CocoConfig) -> tuple[str, str | None, str]:
@@ -152,6 +156,10 @@ def _find_files(location: str, config: CocoConfig) -> tuple[str, str | None, str
         roboflow = f"{location}/{split}".rstrip("/")
         if not files.exists(instances) and files.exists(f"{roboflow}/{_ROBOFLOW}"):
             instances, images = f"{roboflow}/{_ROBOFLOW}", images or roboflow
+        elif not files.exists(instances) and (large := _large_set(location, split)) is not None:
+            instances = large
+            folders = (f"{location}/images", f"{location}/coco", location)  # names begin with train2017/ or images/
+            images = images or next((one for one in folders[:2] if files.is_folder(one)), location)
         elif captions is None and files.exists(conventional := f"{location}/annotations/captions_{split}.json"):
             captions = conventional
     if images is None:
