@@ -19,7 +19,7 @@ from opencloc import files
 from opencloc.data.sample import Sample
 from opencloc.data.sidecar import SidecarRow, label_sizes, read_labels, with_labels
 from opencloc.data.sources.coco_json import STRAY_CAPTION, read_captions, read_coco
-from opencloc.data.sources.table import image_file
+from opencloc.data.sources.table import folder_with, image_file
 from opencloc.images import decode_image
 
 _ROBOFLOW = "_annotations.coco.json"
@@ -52,8 +52,10 @@ class Coco:
     def __init__(self, location: str, config: CocoConfig | None = None) -> None:
         self.location = location
         self.config = config or CocoConfig()
-        self.instances_path, captions_path, self.images_path = _find_files(location.rstrip("/"), self.config)
+        place = location.rstrip("/")
+        self.instances_path, captions_path, images_path = _find_files(place, self.config)
         self._file = read_coco(self.instances_path)
+        self.images_path = images_path or folder_with([place, f"{place}/images", f"{place}/coco"], self._file.names)
         self._captions, not_read = ({}, Counter()) if captions_path is None else read_captions(captions_path)
         skipped = self._file.skipped + not_read
         if elsewhere := self._captions.keys() - set(self._file.ids):
@@ -139,8 +141,11 @@ def _large_set(location: str, split: str) -> str | None:
     return next(filter(files.exists, places), None)
 
 
-def _find_files(location: str, config: CocoConfig) -> tuple[str, str | None, str]:
-    """(instances file, captions file or None, image folder); raises `FileNotFoundError` naming what is missing."""
+def _find_files(location: str, config: CocoConfig) -> tuple[str, str | None, str | None]:
+    """(instances file, captions file or None, image folder); raises `FileNotFoundError` naming what is missing.
+
+    The folder is None where image names tell it: those of LVIS and Objects365 begin with `train2017/` or `images/`.
+    """
     split, instances, captions, images = config.split, config.instances, config.captions, config.images
     if instances is None:
         if split is None:
@@ -157,9 +162,7 @@ def _find_files(location: str, config: CocoConfig) -> tuple[str, str | None, str
         if not files.exists(instances) and files.exists(f"{roboflow}/{_ROBOFLOW}"):
             instances, images = f"{roboflow}/{_ROBOFLOW}", images or roboflow
         elif not files.exists(instances) and (large := _large_set(location, split)) is not None:
-            instances = large
-            folders = (f"{location}/images", f"{location}/coco", location)  # names begin with train2017/ or images/
-            images = images or next((one for one in folders[:2] if files.is_folder(one)), location)
+            return large, captions, images
         elif captions is None and files.exists(conventional := f"{location}/annotations/captions_{split}.json"):
             captions = conventional
     if images is None:

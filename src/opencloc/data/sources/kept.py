@@ -36,7 +36,7 @@ def kept(kind: type[T], inputs: Sequence[str], read: Callable[[], T], options: s
     """
     states = [_state(path) for path in inputs]
     name = digest(kind.__name__, _FORMAT, options, *(state for state, _ in states))
-    if (found := _remembered(name)) is not None:
+    if (found := _memory.get(name)) is not None:
         return found
     if sum(size for _, size in states) < WORTH_KEEPING_BYTES:
         return _remember(name, read())
@@ -50,10 +50,6 @@ def kept(kind: type[T], inputs: Sequence[str], read: Callable[[], T], options: s
 
 
 _memory: dict[str, Any] = {}  # of this process: the last few
-
-
-def _remembered(name: str) -> Any:
-    return _memory.get(name)
 
 
 def _remember(name: str, found: T) -> T:
@@ -78,11 +74,12 @@ def _load(kind: type[T], path: Path) -> T | None:
     if not touch(path):
         return None
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as stored:
             rest = json.loads(stored["rest"].tobytes())
             values = {name: stored[name] for name in stored.files if name != "rest"}
             return kind(**values, **{name: _frozen(value) for name, value in rest.items()})
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        path.unlink(missing_ok=True)
         warnings.warn(f"{path}: what was kept there is damaged, its files are read again ({error})", stacklevel=3)
         return None
 

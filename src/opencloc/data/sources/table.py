@@ -195,7 +195,7 @@ class AnnotatedPhotos:
         self, location: str, config: AnnotatedConfig, table: Table, folders: Sequence[str], inputs: Sequence[str]
     ) -> None:
         self.location, self.config, self._table, self._inputs = location, config, table, tuple(inputs)
-        self.images_path = _folder_with([config.images] if config.images else folders, table.names)
+        self.images_path = folder_with([config.images] if config.images else folders, table.names)
         self.skipped = Counter(table.skipped)  # what was left out, by reason
         self.noticed = Counter(table.noticed)  # what is used and worth a look
 
@@ -262,7 +262,7 @@ def first_file(paths: Sequence[str], option: str) -> str:
     raise FileNotFoundError(f"none of {', '.join(paths)} is there; say where by {option}=")
 
 
-def _folder_with(folders: Sequence[str], names: Sequence[str]) -> str:
+def folder_with(folders: Sequence[str], names: Sequence[str]) -> str:
     """The first folder that has one of the first images; without any, an only folder that exists."""
     for folder in folders:
         if any(files.exists(f"{folder}/{name}") for name in names[:20]):
