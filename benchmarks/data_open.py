@@ -2,9 +2,9 @@
 
     python -m benchmarks.data_open --out results/data_open
 
-The file is generated: 118,287 images, 860,001 boxes in 80 classes, with polygons about as long as COCO's.  Every opening is
-a process of its own, since a process keeps what it read; all take turns, and medians of their CPU time are compared.
-"First" starts without anything kept, "again" finds what another process kept in the cache.
+The file is generated: 118,287 images, 860,001 boxes in 80 classes, with polygons about as long as COCO's.  Every
+opening is a process of its own, since a process keeps what it read; all take turns, and medians of their CPU time are
+compared.  "First" starts without anything kept, "again" finds what another process kept in the cache.
 
 Prints Markdown and writes it to OUT/README.md, with the figures in OUT/figures.json.
 """
