@@ -73,6 +73,11 @@ class Coco:
         return len(self._file.names)
 
     @property
+    def num_regions(self) -> int:
+        """How many regions all images have by the JSON."""
+        return len(self._file.labels)
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """All categories of the file, those without boxes too."""
         return self._file.classes

@@ -203,6 +203,11 @@ class AnnotatedPhotos:
     def size(self) -> int:
         return len(self._table.names)
 
+    @property
+    def num_regions(self) -> int:
+        """How many regions all images have."""
+        return len(self._table.labels)
+
     def __repr__(self) -> str:
         skipped = f", skipped {dict(self.skipped)}" if self.skipped else ""
         return f"AnnotatedPhotos({self.location!r}: {self.size} images, {self.config}{skipped})"
