@@ -182,6 +182,11 @@ def suspicions(source: Source, stats: Stats, seen: _Seen, opened: Mapping[str, i
             ends, count, 0.5,
             "x0, y0, x1, y1 may have been read as x, y, width, height",
         )  # fmt: skip
+    elif not isinstance(source, Mosaic):  # whose tiles lie at borders
+        suspect(
+            "boxes touch a border", int(((low | high).any(axis=1) & ~whole).sum()), count, 0.8,
+            "boxes may have been scaled to another size of the image, and clipped",
+        )  # fmt: skip
     suspect(
         _PIXELS, stats.skipped.get(_PIXELS, 0), stats.images, 0.1,
         "boxes in pixels may have been read as shares of the image",
@@ -205,11 +210,6 @@ def suspicions(source: Source, stats: Stats, seen: _Seen, opened: Mapping[str, i
         "boxes under 2 pixels wide or high", int(((sides_px < 2).any(axis=1) & ~inside_px).sum()), count, 0.1,
         "boxes may be degenerate, or the images smaller than those annotated",
     )  # fmt: skip
-    if not isinstance(source, Mosaic):  # whose tiles lie at borders
-        suspect(
-            "boxes touch a border", int(((low | high).any(axis=1) & ~whole).sum()), count, 0.8,
-            "boxes may have been scaled to another size of the image, and clipped",
-        )  # fmt: skip
     suspect(
         "boxes are the whole image", int(whole.sum()), count, 0.5,
         "such regions say no more than a caption does",

@@ -52,7 +52,7 @@ def _tile(sample: Sample, font: ImageFont.FreeTypeFont) -> Image.Image:
         pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=2)
         text = _cut(_shown(sample.texts[row]), font, _TILE_PX - 4)
         x = max(0, min(x0, _TILE_PX - font.getlength(text) - 4))
-        y = max(0, min(y0, _TILE_PX - 15))
+        y = y0 - 15 if y0 >= 15 else min(y0, _TILE_PX - 15)  # above its box where there is room
         pen.rectangle((x, y, x + font.getlength(text) + 4, y + 14), fill=colour)
         pen.text((x + 2, y), text, fill=_PAPER, font=font)
     return tile
