@@ -163,6 +163,17 @@ def test_data(run: Run, photos: Path) -> None:
     assert "opencloc, with regions" in (out / "README.md").read_text()
 
 
+def test_data_open(run: Run) -> None:
+    out = run("data_open", "--images", 8, "--boxes", 30, "--rounds", 1)
+    figures = json.loads((out / "figures.json").read_text())
+    assert {name: len(rounds) for name, rounds in figures["seconds"].items()} == {
+        "json.load": 1,
+        "first": 1,
+        "again": 1,
+    }
+    assert "| opening again, in any process |" in (out / "README.md").read_text()
+
+
 def test_data_libraries_decode_at_the_scale_needed_and_letterbox_as_opencloc_does() -> None:
     ramp = np.linspace(0, 255, 90 * 60 * 3).reshape(60, 90, 3).astype(np.uint8)
     image = Image.fromarray(ramp)
