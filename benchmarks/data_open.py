@@ -123,8 +123,8 @@ def markdown(figures: dict[str, Any]) -> str:
             "",
             f"{figures['images']:,} images, {figures['boxes']:,} boxes, {figures['file_mb']:.0f} MB of JSON; "
             f"{figures['kept_mb']:.0f} MB are kept.",
-            f"{figures['hardware']}, Python {figures['versions']['python']}; medians of "
-            f"{len(figures['seconds']['first'])} rounds in which all take turns.",
+            f"{figures['hardware']}, Python {figures['versions']['python']}; medians; rounds in "
+            f"which all take turns: {len(figures['seconds']['first'])}.",
             "",
             f"    {figures['command']}",
             "",
