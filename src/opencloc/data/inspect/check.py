@@ -90,8 +90,10 @@ def write_check(config: CheckConfig) -> Check:
                 seen.add(sample)
                 if len(shown) < NUM_TILES and (len(sample.boxes) or not seen.boxes):
                     shown.append(sample)
-        opened = left_out(source)
-        noticed = Counter(getattr(source, "noticed", None) or {})
+        opened, noticed = left_out(source), Counter(getattr(source, "noticed", None) or {})
+        if labels_of(source) is not None:  # which replace the boxes that were opened
+            noticed.clear()
+            del opened[EMPTY_BOX]
         if tally.oriented:
             noticed[ORIENTED] = tally.oriented
         stats = tally.stats(data=config.data, labels=labels_of(source), tokens=tokens, top=30, noticed=noticed)
@@ -168,10 +170,8 @@ def suspicions(source: Source, stats: Stats, seen: _Seen, opened: Mapping[str, i
             found.append(Suspicion(what=what, share=part / whole, advice=advice))
 
     count = len(boxes)
-    low, high = (
-        boxes[:, :2] <= _EDGE,
-        boxes[:, 2:] >= 1 - _EDGE,
-    )  # (A, 2): at the left and upper, right and lower border
+    low = boxes[:, :2] <= _EDGE  # (A, 2): at the left and upper border
+    high = boxes[:, 2:] >= 1 - _EDGE  # at the right and lower one
     whole = (low & high).all(axis=1)
     ends, begins = int((high & ~low).any(axis=1).sum()), int((low & ~high).any(axis=1).sum())
     noticed = stats.noticed.get(OUTSIDE, 0)

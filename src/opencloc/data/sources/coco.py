@@ -24,7 +24,7 @@ from opencloc.images import decode_image
 
 _ROBOFLOW = "_annotations.coco.json"
 _ROBOFLOW_SPLITS = ("train", "valid", "test")
-_NAMES = ("instances_", "lvis_v1_", "zhiyuan_objv2_")  # of files in annotations/ or, but for COCO's own, beside it
+_LARGE_SETS = ("lvis_v1_", "zhiyuan_objv2_")  # LVIS, Objects365: SPLIT.json follows, in annotations/ or beside it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,9 +132,9 @@ def _roboflow_splits(folder: str) -> list[str]:
 
 def _splits(location: str) -> list[str]:
     """The splits in a location (the figures of sidecars, `instances_SPLIT.NAME_stats.json`, are none)."""
-    pattern = re.compile(rf"(?:{'|'.join(_NAMES)})([^.]+)\.json")
     found: list[str] = []
-    for folder in (f"{location}/annotations", location):
+    for folder, beginnings in ((f"{location}/annotations", ("instances_", *_LARGE_SETS)), (location, _LARGE_SETS)):
+        pattern = re.compile(rf"(?:{'|'.join(beginnings)})([^.]+)\.json")
         names = [os.path.basename(path) for path in files.children(folder)] if files.is_folder(folder) else []
         found += [match[1] for name in names if (match := pattern.fullmatch(name))]
     return found or _roboflow_splits(location)
@@ -142,7 +142,7 @@ def _splits(location: str) -> list[str]:
 
 def _large_set(location: str, split: str) -> str | None:
     """The file of LVIS or Objects365 for a split."""
-    places = [f"{location}/{part}{name}{split}.json" for part in ("annotations/", "") for name in _NAMES[1:]]
+    places = [f"{location}/{part}{name}{split}.json" for part in ("annotations/", "") for name in _LARGE_SETS]
     return next(filter(files.exists, places), None)
 
 
