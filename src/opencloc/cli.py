@@ -157,6 +157,22 @@ def _data_view(arguments: list[str]) -> None:
     print(f"{sheet.regions:,} regions on {sheet.images:,} images{and_skipped(sheet.skipped)}")
 
 
+def _data_check(arguments: list[str]) -> None:
+    """Look at a data set before training: counts, skips, suspicious boxes, a picture of samples"""
+    from opencloc.data.inspect.check import CheckConfig, write_check
+    from opencloc.errors import and_skipped
+
+    config = _parse(CheckConfig, arguments, "data check")
+    found = write_check(config)
+    print(config.out)
+    images = f"{found.stats.images_with_regions:,} of {found.stats.images:,} images read"
+    print(f"{found.stats.regions:,} regions on {images}{and_skipped(found.stats.skipped)}")
+    for one in found.suspicions:
+        print(f"opencloc data check: SUSPICIOUS: {one.what} ({one.share:.0%}): {one.advice}", file=sys.stderr)
+    if not found.suspicions:
+        print(f"Nothing suspicious; look at {config.out}/samples.png all the same.")
+
+
 def _data_pack(arguments: list[str]) -> None:
     """Write images and their labels as self-contained shards"""
     from opencloc.data.inspect.pack import PackConfig, pack
@@ -261,6 +277,7 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "data scenes": _data_scenes,
     "data stats": _data_stats,
     "data view": _data_view,
+    "data check": _data_check,
     "data pack": _data_pack,
     "data cache": _data_cache,
 }
