@@ -218,6 +218,22 @@ def _export(arguments: list[str]) -> None:
     print(f"The towers of {config.model} as a plain {type(model.clip).__name__}; its README says how to use it.")
 
 
+def _card(arguments: list[str]) -> None:
+    """Write a checkpoint's model card: data, licence, scores, code that runs"""
+    from opencloc.model.card import CardConfig, write_card
+
+    print(write_card(_parse(CardConfig, arguments, "card")))
+
+
+def _push(arguments: list[str]) -> None:
+    """Publish a checkpoint or an export on the Hugging Face hub"""
+    from opencloc.model.hub import PushConfig, push
+
+    config = _parse(PushConfig, arguments, "push")
+    print(push(config))
+    print(f"holds the files of {config.model}")
+
+
 def _group(name: str, **parts: type) -> Any:
     """A class of several configurations, whose fields the command line takes without the parts' names."""
     import tyro
@@ -258,6 +274,8 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "eval": _eval,
     "label": _label,
     "export": _export,
+    "card": _card,
+    "push": _push,
     "data scenes": _data_scenes,
     "data stats": _data_stats,
     "data view": _data_view,

@@ -29,9 +29,7 @@ def at_image_size(model: ClocModel, processor: ClocProcessor, image_size: int) -
     config = model.config.clip_config
     patch = config.vision_config.patch_size  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
     if image_size < patch or image_size % patch:
-        raise ValueError(
-            f"the image size must be a multiple of the checkpoint's patch, {patch} pixels; got {image_size}"
-        )
+        raise ValueError(f"the image size must be a multiple of its patches, {patch} pixels; got {image_size}")
     if image_size == towers.image_size(config):
         return model, processor
     side = image_size // patch
