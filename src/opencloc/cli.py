@@ -218,6 +218,18 @@ def _export(arguments: list[str]) -> None:
     print(f"The towers of {config.model} as a plain {type(model.clip).__name__}; its README says how to use it.")
 
 
+def _interpolate(arguments: list[str]) -> None:
+    """Write the checkpoint between a fine-tuned model and its start (WiSE-FT)"""
+    from transformers.utils.logging import disable_progress_bar
+
+    from opencloc.model.interpolate import InterpolateConfig, write_interpolated
+
+    config = _parse(InterpolateConfig, arguments, "interpolate")
+    disable_progress_bar()  # transformers' own
+    print(write_interpolated(config))
+    print(f"{100 * config.share:g} % of the way from {config.start} to {config.model}")
+
+
 def _card(arguments: list[str]) -> None:
     """Write a checkpoint's model card: data, licence, scores, code that runs"""
     from opencloc.model.card import CardConfig, write_card
@@ -227,11 +239,14 @@ def _card(arguments: list[str]) -> None:
 
 def _push(arguments: list[str]) -> None:
     """Publish a checkpoint or an export on the Hugging Face hub"""
+    from transformers.utils.logging import disable_progress_bar
+
     from opencloc.model.hub import PushConfig, push
 
     config = _parse(PushConfig, arguments, "push")
+    disable_progress_bar()  # transformers' own
     print(push(config))
-    print(f"holds the files of {config.model}")
+    print(f"There are now the files of {config.model}.")
 
 
 def _group(name: str, **parts: type) -> Any:
@@ -274,6 +289,7 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "eval": _eval,
     "label": _label,
     "export": _export,
+    "interpolate": _interpolate,
     "card": _card,
     "push": _push,
     "data scenes": _data_scenes,
