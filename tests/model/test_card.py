@@ -38,7 +38,7 @@ def metadata(card: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "region",
-    [{}, {"prompter": "roi"}, {"prompter": "pool"}, {"regions_trained": False}],
+    [{}, {"prompter": "roi"}, {"prompter": "pool"}, {"regions_trained": False}, {"grounding_trained": False}],
     ids=lambda region: str(region),
 )
 def test_the_python_of_a_card_runs_on_the_model_beside_it(

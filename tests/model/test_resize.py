@@ -108,6 +108,21 @@ def test_a_table_that_rises_evenly_keeps_its_values_at_the_same_places(side: int
     torch.testing.assert_close(found, evenly(side)[inside, inside], atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize("prompter", ["cross", "encoder"])
+def test_a_trained_prompter_keeps_the_frequencies_of_its_basis_and_a_fresh_one_takes_the_finer_ones(
+    make: MakePair, tmp_path: Path, prompter: str
+) -> None:
+    places = torch.rand(20, 2, generator=torch.Generator().manual_seed(0))
+    for trained in (True, False):
+        model, processor = make(prompter=prompter, regions_trained=trained)
+        resized, _ = at_image_size(model, processor, 64)
+        resized.save_pretrained(tmp_path / str(trained))
+        again = ClocModel.from_pretrained(tmp_path / str(trained))
+        same = torch.equal(again.prompt_encoder.basis(places), model.prompt_encoder.basis(places))
+        assert same == trained
+        assert again.prompter.memory.max_cycles == again.prompt_encoder.max_cycles == (2.0 if trained else 4.0)
+
+
 @pytest.mark.parametrize("image_size", [20, 4, 0, -8])
 def test_sizes_that_are_no_multiple_of_the_patch_are_refused(make: MakePair, image_size: int) -> None:
     with pytest.raises(ValueError, match=f"multiple of its patches, 8 pixels; got {image_size}"):

@@ -87,8 +87,8 @@ def model_card(
         base_model=base_model if base_model is not None and _HUB_ID.fullmatch(base_model) else None,
         datasets=[one for one in data if _HUB_ID.fullmatch(one)] or None,
     )
-    answers = config.regions_trained or PROMPTERS[config.prompter].is_tower_pooling
-    grounds = answers and PROMPTERS[config.prompter].has_text_prompts
+    answers = config.regions_trained or not PROMPTERS[config.prompter].is_trained
+    grounds = answers and config.grounding_trained and PROMPTERS[config.prompter].has_text_prompts
     regions = (
         "It embeds and names regions of an image, given as boxes, points or masks"
         + (", and finds the box of a text." if grounds else ".")

@@ -83,5 +83,6 @@ def _start(path: str, image_size: int) -> dict[str, Tensor]:
         model, processor = ClocModel.from_clip(path), ClocProcessor.from_clip(path)
     if image_size % model.config.clip_config.vision_config.patch_size == 0:  # pyright: ignore
         model, _ = at_image_size(model, processor, image_size)
-    prefix = "" if model.config.regions_trained else "clip."  # fresh parts are noise
-    return {name: value for name, value in model.state_dict().items() if name.startswith(prefix)}
+    fresh = () if model.config.regions_trained else ("prompt_encoder.", "prompter.", "box_head.", "region_logit_scale")
+    fresh += () if model.config.grounding_trained else ("box_head.",)
+    return {name: value for name, value in model.state_dict().items() if not name.startswith(fresh)}

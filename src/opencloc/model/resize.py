@@ -36,6 +36,8 @@ def at_image_size(model: ClocModel, processor: ClocProcessor, image_size: int) -
     name, value = _resized_table(model, side)
     resized_config = copy.deepcopy(model.config)
     towers.set_image_size(resized_config.clip_config, image_size)
+    if model.config.regions_trained:  # what was learned of the basis holds at the same frequencies only
+        resized_config.basis_cycles = model.prompt_encoder.max_cycles
     resized = ClocModel(resized_config)
     resized.to(device=model.device, dtype=model.dtype)  # pyright: ignore[reportCallIssue]
     resized.load_state_dict(model.state_dict() | {name: value})
