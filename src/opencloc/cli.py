@@ -92,6 +92,8 @@ def _train(arguments: list[str]) -> int | None:
     if any(argument.replace("_", "-").startswith("--model.init-from") for argument in rest):
         default = from_scratch_left_out(default)
     config = _parse(TrainConfig, rest, f"train {first}", default=default)
+    if config.model.init_from == "CHECKPOINT" and not Path("CHECKPOINT").exists():
+        raise ValueError(f"{first} starts from a checkpoint: --model.init-from FOLDER_OR_HUB_ID")
     try:
         model = train(config)
         if os.environ.get("RANK", "0") == "0":  # under torchrun one of them says it

@@ -11,10 +11,12 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
+from opencloc.cli import main
 from opencloc.config import ModelConfig
 from opencloc.model.cloc import ClocConfig, ClocModel
 from opencloc.model.export import export_clip
 from opencloc.model.processor import ClocProcessor, save_tokenizer
+from opencloc.presets import finetune
 from opencloc.train.build import build_model, image_size
 from opencloc.train.checkpoint import save_model
 from opencloc.train.loop import train
@@ -96,3 +98,16 @@ def test_long_texts_are_read_to_their_end_from_training_to_export(
     with torch.no_grad():
         theirs = torch.nn.functional.normalize(again.get_text_features(input_ids=rows).pooler_output, dim=-1)
     torch.testing.assert_close(theirs, plain)
+
+
+def test_the_preset_trains_from_a_checkpoint_and_asks_for_one(
+    starts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["--steps", "1", "--batch-size", "4", "--data.train", "scenes:easy", "--data.num-workers", "0"]
+    assert main(["train", "finetune", *short, "--out", str(tmp_path / "run")]) == 1
+    assert "finetune starts from a checkpoint: --model.init-from FOLDER_OR_HUB_ID" in capsys.readouterr().err
+    start = ["--model.init-from", str(starts["clip"])]
+    assert main(["train", "finetune", *start, *short, "--out", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/run/model\n")
+    assert finetune("CLIP").model == ModelConfig(init_from="CLIP")
+    assert 0 < finetune("CLIP").optim.lr_factors.vision_tower < finetune("CLIP").optim.lr_factors.prompter
