@@ -99,7 +99,7 @@ def vit_h14_336() -> TrainConfig:
 
 
 def finetune(init_from: str = "CHECKPOINT") -> TrainConfig:
-    """From a pretrained CLIP, SigLIP or SigLIP 2 (--model.init-from): its towers hardly move, the regions are learned."""
+    """From a pretrained checkpoint (--model.init-from): its towers hardly move, the regions are learned."""
     return TrainConfig(
         out="runs/finetune",
         model=ModelConfig(init_from=init_from),
