@@ -91,7 +91,7 @@ def test_models_that_do_not_fit_are_refused_by_the_name_of_a_weight(
     wide = refusal(*end, "--start", str(save("wide", 0, embed_dim=16)))
     assert "clip.visual_projection.weight is (16, 32) at the start, (24, 32) at the end" in wide
     other = refusal(*end, "--start", str(save("other", 0, prompter="encoder")))
-    assert "only the start has prompter." in other
+    assert "only the start has prompt_encoder.text_kind" in other
     with pytest.raises(SystemExit):
         refusal(*end, "--start", end[1], "--share", "1.5")
     assert "share must be in [0, 1], got 1.5" in " ".join(capsys.readouterr().err.split())
