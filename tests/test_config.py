@@ -120,7 +120,7 @@ def test_what_may_change_on_resuming_is_marked_where_it_is_declared() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{"image_size": 336}, {"family": "siglip"}, {"tokenizer": "x"}, {"text_length": 64}, {"vocab_size": 500}]
+    "given", [{"patch_size": 14}, {"family": "siglip"}, {"tokenizer": "x"}, {"text_length": 64}, {"vocab_size": 500}]
 )
 def test_sizes_beside_a_checkpoint_to_start_from_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"leave out model.{next(iter(given))}"):

@@ -92,6 +92,8 @@ def _train(arguments: list[str]) -> int | None:
     if any(argument.replace("_", "-").startswith("--model.init-from") for argument in rest):
         default = from_scratch_left_out(default)
     config = _parse(TrainConfig, rest, f"train {first}", default=default)
+    if config.model.init_from == "CHECKPOINT" and not Path("CHECKPOINT").exists():
+        raise ValueError(f"{first} starts from a checkpoint: --model.init-from FOLDER_OR_HUB_ID")
     try:
         model = train(config)
         if os.environ.get("RANK", "0") == "0":  # under torchrun one of them says it
@@ -234,6 +236,37 @@ def _export(arguments: list[str]) -> None:
     print(f"The towers of {config.model} as a plain {type(model.clip).__name__}; its README says how to use it.")
 
 
+def _interpolate(arguments: list[str]) -> None:
+    """Write the checkpoint between a fine-tuned model and its start (WiSE-FT)"""
+    from transformers.utils.logging import disable_progress_bar
+
+    from opencloc.model.interpolate import InterpolateConfig, write_interpolated
+
+    config = _parse(InterpolateConfig, arguments, "interpolate")
+    disable_progress_bar()  # transformers' own
+    print(write_interpolated(config))
+    print(f"{100 * config.share:g} % of the way from {config.start} to {config.model}")
+
+
+def _card(arguments: list[str]) -> None:
+    """Write a checkpoint's model card: data, licence, scores, code that runs"""
+    from opencloc.model.card import CardConfig, write_card
+
+    print(write_card(_parse(CardConfig, arguments, "card")))
+
+
+def _push(arguments: list[str]) -> None:
+    """Publish a checkpoint or an export on the Hugging Face hub"""
+    from transformers.utils.logging import disable_progress_bar
+
+    from opencloc.model.hub import PushConfig, push
+
+    config = _parse(PushConfig, arguments, "push")
+    disable_progress_bar()  # transformers' own
+    print(push(config))
+    print(f"There are now the files of {config.model}.")
+
+
 def _group(name: str, **parts: type) -> Any:
     """A class of several configurations, whose fields the command line takes without the parts' names."""
     import tyro
@@ -274,6 +307,9 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "eval": _eval,
     "label": _label,
     "export": _export,
+    "interpolate": _interpolate,
+    "card": _card,
+    "push": _push,
     "data scenes": _data_scenes,
     "data stats": _data_stats,
     "data view": _data_view,
