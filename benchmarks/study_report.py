@@ -20,7 +20,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from benchmarks.study import NOISE, SETS, WORLDS, Variant, variants
+from benchmarks.study import SETS
+from benchmarks.study_variants import NOISE, WORLDS, Variant, variants
 
 COLUMNS = (  # heading, set, score
     ("i2t R@1", "seen", "i2t_r1"),
