@@ -9,7 +9,7 @@ final model, and leaves `OUT/VARIANT-SEED/result.json`, which is written last.  
 `study_report.py` makes tables and pictures of the results.
 
 Learning rates are chosen by one rule: each of `TUNED` is trained with each of `LEARNING_RATES` on a seed that no table
-shows, the best region mAcc decides, and every variant takes the rate of the method that it is a form of.
+shows, the best region mAcc (mean over the sets) decides, and every variant takes the rate of the method that it is a form of.
 
 Costs are CPU seconds per step, one thread, loader included, which do not grow when other programs compete for the
 cores.  They are measured side by side before the runs that depend on them, whatever device those are on.
@@ -138,11 +138,11 @@ def replaced(config: Any, path: list[str], value: Any) -> Any:
 
 
 def best_learning_rate(out: Path, method: str) -> float:
-    """The rate with the best region mAcc of all ways to embed a region."""
+    """The rate with the best region mAcc, mean over the sets, of all ways to embed a region."""
 
     def macc(lr: float) -> float:
         final = read_result(out, f"{method}_lr{lr:g}", TUNING_SEED)["final"]
-        return max(scores["seen"]["region_macc"] for scores in final.values())
+        return max(statistics.fmean(scores[name]["region_macc"] for name in SETS) for scores in final.values())
 
     return max(LEARNING_RATES, key=macc)
 

@@ -149,6 +149,7 @@ def test_lambda_is_the_share_of_images_with_region_texts() -> None:
     assert loss.region_share == 0.5
     assert loss.region_text is not None
     assert loss.grounding is not None
+    assert loss.image_text is not None
     torch.testing.assert_close(loss.total, loss.image_text + 2 * 0.5 * (loss.region_text + loss.grounding))
 
 
@@ -157,4 +158,7 @@ def test_region_weight_zero_is_clip() -> None:
     boxes, valid = torch.rand(4, 2, 4), torch.ones(4, 2, dtype=torch.bool)
     loss = cloc_loss(out, boxes, valid, torch.arange(8).reshape(4, 2), LossConfig(region_weight=0))
     assert loss.region_text is None
+    assert out.image is not None
+    assert out.caption is not None
+    assert out.logit_scale is not None
     torch.testing.assert_close(loss.total, image_text_loss(out.image, out.caption, out.logit_scale))

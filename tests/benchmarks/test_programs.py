@@ -294,7 +294,7 @@ def test_label_quality_is_perfect_for_labels_that_equal_the_human_boxes(run: Run
 
 
 def test_scene_detector_finds_things_by_their_names(tmp_path: Path) -> None:
-    scenes: Any = open_source(f"scenes:rich?{study.WORLD}")
+    scenes: Any = open_source(f"scenes:rich?{study.WORLDS['things']}")
     with ShardWriter(str(tmp_path), samples_per_shard=4) as writer:
         for number in range(4):
             writer.write(replace(scenes[number], key=f"{number:06d}"))

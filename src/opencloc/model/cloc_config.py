@@ -31,7 +31,7 @@ class ClocConfig(PreTrainedConfig):
     """
 
     model_type = "cloc"
-    sub_configs = {"clip_config": AutoConfig}  # noqa: RUF012
+    sub_configs = {"clip_config": AutoConfig}  # noqa: RUF012  # pyright: ignore[reportAssignmentType]
 
     clip_config: dict | PreTrainedConfig | None = None
     prompter: Literal["cross", "encoder", "roi", "pool", "pool_cross"] = "cross"
