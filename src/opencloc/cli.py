@@ -237,8 +237,7 @@ def _search(arguments: list[str]) -> None:
     """Search a photo library: opencloc search INDEX [TEXT ...] [--image PHOTO [--box X0 Y0 X1 Y1]]"""
     from transformers.utils.logging import disable_progress_bar
 
-    from opencloc.search.query import SearchConfig, run_search
-    from opencloc.search.sheet import print_table, to_json, write_html
+    from opencloc.search.ask import SearchConfig, print_table, run_search, to_json, write_html
 
     disable_progress_bar()
     count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))

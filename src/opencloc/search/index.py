@@ -179,8 +179,8 @@ def format_report(out: str, report: IndexReport) -> str:
     """Where the index lies, the figures, what was skipped and why, what to do about it."""
     lines = [
         redacted(out),
-        f"{report.photos:,} photos with {report.regions:,} regions: {report.added:,} added, {report.changed:,} changed, "
-        f"{report.removed:,} removed, {report.encoded:,} encoded; {report.seconds:.0f} s",
+        f"{report.photos:,} photos with {report.regions:,} regions: {report.added:,} added, {report.changed:,} changed,"
+        f" {report.removed:,} removed, {report.encoded:,} encoded; {report.seconds:.0f} s",
     ]
     for reason, count in report.skipped.most_common():
         example = f", for example {report.examples[reason]}" if reason in report.examples else ""
@@ -229,10 +229,14 @@ def _gone(listings: Sequence[Listing], known: Known) -> set[str]:
     gone = set(known.broken) - there
     for listing in listings:
         inside = listing.source.rstrip("/") + "/"
-        for path, source in known.sources.items():
-            if (source == listing.source or path.startswith(inside)) and path not in there:
-                if not any(path.startswith(folder.rstrip("/") + "/") for folder in listing.unreadable):
-                    gone.add(path)
+        hidden = tuple(folder.rstrip("/") + "/" for folder in listing.unreadable)
+        gone |= {
+            path
+            for path, source in known.sources.items()
+            if (source == listing.source or path.startswith(inside))
+            and path not in there
+            and not path.startswith(hidden)
+        }
     return gone
 
 
@@ -240,10 +244,10 @@ def _work(job: Job, where: WorkersConfig, shards: list[Shard], report: IndexRepo
     if not shards:
         return
     attempts = deque((shard, 1) for shard in shards)
-    with Meter("indexing", sum(map(_size, shards))) as meter:
-        with start_workers(functools.partial(attempt, job), where, meter.advance) as workers:
-            for _ in drive(workers, attempts, where.max_attempts, report):
-                pass
+    meter = Meter("indexing", sum(map(_size, shards)))
+    with meter, start_workers(functools.partial(attempt, job), where, meter.advance) as workers:
+        for _ in drive(workers, attempts, where.max_attempts, report):
+            pass
 
 
 def attempt(job: Job, shard: Shard, progress: Progress | None) -> Outcome:

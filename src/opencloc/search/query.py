@@ -22,7 +22,6 @@ import torch
 from jaxtyping import Float
 
 from opencloc.boxes import clipped_px
-from opencloc.config import Count, Share, Strict
 from opencloc.images import crop, open_image
 from opencloc.model.predictor import EVERYDAY, Predictor
 from opencloc.search.index import load_predictor, model_id_of
@@ -71,72 +70,6 @@ class Found:
     def nothing(self) -> bool:
         """Whether nothing was found: no region at all, or no region that fits the text."""
         return not self.rows or (self.presence is not None and self.presence < FOUND)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchConfig(Strict):
-    """A question to a library: texts, an image or a region of it, and what they add up to."""
-
-    index: str
-    """The library that `opencloc index` made."""
-    text: tuple[str, ...] = ()
-    """What to look for; several texts are added up."""
-    image: str | None = None
-    """A photo to look for; with a text both are added up."""
-    box: tuple[float, float, float, float] | None = None
-    """X0 Y0 X1 Y1 in pixels: the region of the photo to look for."""
-    minus: tuple[str, ...] = ()
-    """What it should not be like."""
-    folder: str | None = None
-    """Only photos under this folder."""
-    after: str | None = None
-    """Only photos taken on this day or later, as 2026-01-31."""
-    before: str | None = None
-    """Only photos taken before this day."""
-    min_area: Share = 0.0
-    """Smallest region, as a share of the photo."""
-    max_area: Share = 1.0
-    """Largest region, as a share of the photo."""
-    per_photo: PerPhoto = "best"
-    """The best region of each photo, or all regions."""
-    top: Count = 10
-    """How many regions."""
-    exact: bool = False
-    """Look at all regions even where there is an approximate index."""
-    json: bool = False
-    """Print JSON instead of a table."""
-    html: str | None = None
-    """Write a sheet of the photos with the regions outlined, too."""
-    model: str | None = None
-    """The library's model, where it lies elsewhere now."""
-    device: str = "auto"
-    """cpu, cuda, cuda:NUMBER or auto."""
-
-
-def run_search(config: SearchConfig) -> Found:
-    """What a question finds.  Raises as `Library.open`, `Library.search` and `opencloc.images.open_image`."""
-    after, before = _day("after", config.after), _day("before", config.before)
-    return Library.open(config.index, model=config.model, device=config.device).search(
-        config.text,
-        image=config.image,
-        box_px=config.box,
-        minus=config.minus,
-        folder=config.folder,
-        after=after,
-        before=before,
-        min_area=config.min_area,
-        max_area=config.max_area,
-        per_photo=config.per_photo,
-        top=config.top,
-        exact=config.exact,
-    )
-
-
-def _day(name: str, text: str | None) -> datetime | None:
-    try:
-        return None if text is None else datetime.fromisoformat(text)
-    except ValueError:
-        raise ValueError(f"{name} is {text!r}, not a day as 2026-01-31") from None
 
 
 class Library:
@@ -351,9 +284,9 @@ class Library:
             photos.setdefault(photo["id"], []).append(photo)
         rows = []
         for hit in hits:
-            first, *others = photos.get(hit["photo"], [None])
-            if first is None:  # removed this very moment, or just being added
+            if hit["photo"] not in photos:  # removed this very moment, or just being added
                 continue
+            first, *others = photos[hit["photo"]]
             box = np.clip(hit["box"], 0, 1)
             size = np.array([first["width"], first["height"]] * 2)
             rows.append(

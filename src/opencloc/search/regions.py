@@ -71,7 +71,7 @@ def _overlapping(boxes: np.ndarray) -> np.ndarray:
     """(P, P): whether two boxes share more than an edge."""
     low = np.maximum(boxes[:, None, :2], boxes[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
-    return (high > low).all(-1)
+    return (high > low)[..., 0] & (high > low)[..., 1]
 
 
 @torch.no_grad()

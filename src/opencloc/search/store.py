@@ -218,7 +218,7 @@ def _connected(path: str) -> dict[str, Any]:
 
 def _settings(path: str, tables: dict[str, Any]) -> Settings:
     for name, table in tables.items():
-        text = (table.schema.metadata or {}).get(_METADATA.encode())
+        text: Any = (table.schema.metadata or {}).get(_METADATA.encode())
         try:
             values = json.loads(text)
             if values["format"] != FORMAT:
