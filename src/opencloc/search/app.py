@@ -24,11 +24,14 @@ from opencloc.search.query import Library
 HOST = "127.0.0.1"
 KEEP_S = 3600  # pictures of the page are deleted after that
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto; }
-#gallery .grid-wrap { max-height: none; }
-#gallery .caption-label { white-space: normal; }
+.gradio-container { max-width: 1180px !important; width: 100% !important; margin: 0 auto !important; }
+.gradio-container main.contain, .gradio-container main { width: 100%; min-width: 0; }
+#gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) !important; height: auto; }
+#gallery .grid-wrap { max-height: none; overflow: visible; }
+#gallery .caption-label { white-space: normal; overflow-wrap: anywhere; }
+table td, table th { font-family: inherit !important; overflow-wrap: anywhere; }
 footer { display: none !important; }
-@media (max-width: 640px) { .gradio-container { padding: 8px !important; } }
+@media (max-width: 640px) { .gradio-container { padding: 10px !important; } }
 """
 FONT = ["system-ui", "Segoe UI", "Helvetica", "Arial", "sans-serif"]
 
@@ -121,28 +124,24 @@ def build(gradio: Any, desk: Desk, title: str) -> Any:
     """The page, not yet served."""
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(KEEP_S, KEEP_S)) as page:
         session = gradio.State(Session(), time_to_live=KEEP_S)
-        gradio.Markdown(f"# {title}\nThe photo is encoded once; any number of regions and phrases reuse that.")
+        gradio.Markdown(f"# {title}\nA photo is encoded once; any number of regions and phrases reuse that.")
+        file = gradio.File(label="Photo", file_types=["image"], height=120)
         with gradio.Tab("Regions", id="regions"):
             regions = _regions_tab(gradio)
         with gradio.Tab("Find", id="find"):
             find = _find_tab(gradio)
         with gradio.Tab("Library", id="library"):
             library = _library_tab(gradio, desk)
-        _wire_photo(gradio, desk, session, regions, find)
+        _wire_photo(gradio, desk, session, file, regions, find)
         _wire_find(gradio, desk, session, find)
         if desk.library is not None:
             _wire_library(gradio, desk, session, library)
     return page
 
 
-def _upload(gradio: Any) -> Any:
-    return gradio.File(label="Photo: drop it here or click to choose", file_types=["image"], height=110)
-
-
 def _regions_tab(gradio: Any) -> dict[str, Any]:
     with gradio.Row():
         with gradio.Column(scale=3, min_width=300):
-            file = _upload(gradio)
             picture = gradio.Image(
                 label="Click two corners of a box", interactive=False, buttons=[], alt_text="No photo", elem_id="marked"
             )
@@ -152,24 +151,23 @@ def _regions_tab(gradio: Any) -> dict[str, Any]:
                 NAMES, label="Names to choose from", lines=2, info="with commas between; Enter names"
             )
             table = gradio.Dataframe(
-                headers=["region", "name", "probability", "next"],
+                headers=["no.", "name", "prob.", "next best"],
                 datatype="str",
                 interactive=False,
                 wrap=True,
                 label="Names of the regions",
-                column_widths=["18%", "24%", "24%", "34%"],
+                column_widths=["14%", "30%", "18%", "38%"],
             )
             with gradio.Row():
                 undo, clear = gradio.Button("Undo", size="sm"), gradio.Button("Clear", size="sm")
             typed = gradio.Textbox(
                 label="Or type a region", placeholder="x0 y0 x1 y1, or x y", info="in pixels; Enter adds"
             )
-    parts = {"file": file, "picture": picture, "shape": shape, "names": names, "table": table}
+    parts = {"picture": picture, "shape": shape, "names": names, "table": table}
     return parts | {"undo": undo, "clear": clear, "typed": typed}
 
 
 def _find_tab(gradio: Any) -> dict[str, Any]:
-    file = _upload(gradio)
     with gradio.Row(equal_height=True):
         phrase = gradio.Textbox(label="What to find", placeholder="a red hammer", scale=4, min_width=220)
         button = gradio.Button("Find", variant="primary", scale=1, min_width=100)
@@ -177,7 +175,7 @@ def _find_tab(gradio: Any) -> dict[str, Any]:
     with gradio.Row():
         picture = gradio.Image(label="Box", interactive=False, buttons=[], alt_text="No photo", elem_id="grounded")
         heat = gradio.Image(label="Similarity", interactive=False, buttons=[], alt_text="No photo", elem_id="heat")
-    return {"file": file, "phrase": phrase, "button": button, "words": words, "picture": picture, "heat": heat}
+    return {"phrase": phrase, "button": button, "words": words, "picture": picture, "heat": heat}
 
 
 def _library_tab(gradio: Any, desk: Desk) -> dict[str, Any]:
@@ -199,7 +197,7 @@ def _library_tab(gradio: Any, desk: Desk) -> dict[str, Any]:
     )
     gallery = gradio.Gallery(
         label="Photos",
-        columns=[2, 2, 3, 4],
+        columns=4,
         allow_preview=False,
         object_fit="contain",
         height="auto",
@@ -207,11 +205,12 @@ def _library_tab(gradio: Any, desk: Desk) -> dict[str, Any]:
         buttons=[],
     )
     table = gradio.Dataframe(
-        headers=["score", "photo", "box in pixels", "taken"],
+        headers=["score", "photo", "box (px)", "taken"],
         datatype="str",
         interactive=False,
         wrap=True,
         label="Details",
+        column_widths=["14%", "42%", "24%", "20%"],
     )
     parts = {"text": text, "minus": minus, "button": button, "region": region, "earlier": earlier}
     return parts | {"words": words, "gallery": gallery, "table": table}
@@ -231,8 +230,8 @@ def _sentence(error: Exception) -> str:
     return text[0].upper() + text[1:]
 
 
-def _wire_photo(gradio: Any, desk: Desk, session: Any, tab: dict[str, Any], find: dict[str, Any]) -> None:
-    def show(state: Session, typed: str) -> tuple[Any, Any, Any, list[list[str]]]:
+def _wire_photo(gradio: Any, desk: Desk, session: Any, file: Any, tab: dict[str, Any], find: dict[str, Any]) -> None:
+    def show(state: Session, typed: str) -> tuple[Any, Any, list[list[str]]]:
         """The session with what is shown of it: the marked photo, the photo of the tab Find, the table."""
         try:
             rows = desk.names(state, typed)
@@ -257,15 +256,10 @@ def _wire_photo(gradio: Any, desk: Desk, session: Any, tab: dict[str, Any], find
             "",
         )
 
-    for file in (tab["file"], find["file"]):
-        file.change(
-            opened,
-            [file, session, tab["names"]],
-            [*shown, find["picture"], find["heat"], find["words"]],
-            api_visibility="private",
-        )
+    outputs = [*shown, find["picture"], find["heat"], find["words"]]
+    file.change(opened, [file, session, tab["names"]], outputs, api_visibility="private")
 
-    def clicked(event: gradio.SelectData, state: Session, shape: str, typed: str) -> tuple[Any, ...]:
+    def clicked(event: Any, state: Session, shape: str, typed: str) -> tuple[Any, ...]:
         x, y = event.index
         return show(
             _told(gradio, lambda: desk.click(state, float(x), float(y), shape), replace(state, corner=None)), typed
@@ -330,7 +324,7 @@ def _wire_library(gradio: Any, desk: Desk, session: Any, tab: dict[str, Any]) ->
     def asked(text: str, minus: str, state: Session) -> tuple[Any, ...]:
         return show(_told(gradio, lambda: desk.ask(state, text, minus), state))
 
-    def chosen(event: gradio.SelectData, minus: str, state: Session) -> tuple[Any, ...]:
+    def chosen(event: Any, minus: str, state: Session) -> tuple[Any, ...]:
         return show(_told(gradio, lambda: desk.ask(state, minus=minus, like=event.index), state))
 
     chosen.__annotations__["event"] = gradio.SelectData
