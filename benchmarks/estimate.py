@@ -94,11 +94,11 @@ def num_parameters(model: ModelConfig) -> int:
     patches = (model.image_size // model.patch_size) ** 2
     vision = model.vision_layers * layer_parameters(d) + d * (3 * model.patch_size**2 + 1 + patches + 1 + 4 + e)
     text = model.text_layers * layer_parameters(w) + w * (model.vocab_size + model.text_length + 2 + e)
-    prompts = 4 * d + e * d + d
+    prompts = 3 * d
     slopes = model.prompter_heads if model.prior_slope is not None else 0
     prompter = 4 * (d * d + d) + 8 * d * d + 5 * d + 4 * 2 * d + slopes + d * e
-    box_head = e * d + d + 2 * (d * d + d) + (e + d) * d + d + 4 * d + 4
-    return vision + text + prompts + prompter + box_head + 2  # two logit scales
+    box_head = d * d + d + 4 * d + 4
+    return vision + text + prompts + prompter + box_head + 3  # three logit scales
 
 
 def forward_flops(config: TrainConfig) -> float:

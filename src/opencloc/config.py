@@ -71,17 +71,18 @@ class ModelConfig(Strict):
     """Folder or hub id of a tokenizer.  None: one is trained on the texts of the training data."""
     vocab_size: Annotated[int, Field(ge=300, lt=2**31), FROM_SCRATCH] = 49408
     """Most entries of a tokenizer trained on the data (256 bytes and more)."""
-    prompter: Literal["cross", "encoder", "roi", "pool"] = "cross"
+    prompter: Literal["cross", "encoder", "roi", "pool", "pool_cross"] = "cross"
     """Form of the Prompter; `encoder` is the published one, `roi` the RoIAlign baseline, `pool` the tower's own pooling
-    restricted to the region (no text prompts, no weights)."""
+    restricted to the region (no text prompts, no weights), `pool_cross` the sum of `pool` and a `cross` that starts at
+    zero."""
     prompter_heads: Count = 4
     """Attention heads of the cross Prompter."""
-    prior_slope: Annotated[float, Field(ge=-10, le=10)] | None = 1.5
-    """Initial log slope of the soft spatial prior of the cross Prompter; None: no prior."""
+    prior_slope: Annotated[float, Field(ge=-10, le=10)] | None = 0.0
+    """Initial log slope of the spatial prior of the cross Prompter; None: no prior."""
     shared_positions: bool = True
     """Patches carry the same position basis as the prompts."""
-    box_head: Literal["anchored", "mlp"] = "anchored"
-    """Box head; `mlp` is the published one."""
+    box_head: Literal["dense", "mlp"] = "dense"
+    """Box head; `mlp` is the published one, which the published Prompter always has."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention kernel of the towers: torch's fused one, or plain softmax."""
 

@@ -18,6 +18,7 @@ from cachetools import LRUCache
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn import functional as F
 
 from opencloc.boxes import Letterbox, clipped_px
 from opencloc.devices import choose_device
@@ -256,6 +257,23 @@ class Predictor:
         width, height = image.image.size
         boxes = image.letterbox.to_image(square.cpu()).numpy() * np.array([width, height] * 2, dtype=np.float32)
         return boxes, self._presence(image, embeddings, square).cpu().numpy()
+
+    @torch.no_grad()
+    def heatmap(self, image: EncodedImage, texts: str | Sequence[str]) -> Float[np.ndarray, "P H W"]:
+        """Cosine of each text with every place of the image, in [-1, 1]: where in the image it is.
+
+        One value for each pixel of the image as the model sees it, its long side resized to the model's: between the
+        centres of patches the values are interpolated.  To lay it over the image, resize it to the image's size.
+        Raises ValueError where the model has no heat maps.
+        """
+        _check_encoded(image)
+        features, side = image.features, self.processor.image_size
+        heat = self.model.heatmap(features, self.embed_texts(texts)[None])[0].unflatten(-1, features.grid)
+        x0, y0, x1, y1 = (
+            round(edge * side) for edge in image.letterbox.to_square(torch.tensor([0.0, 0.0, 1.0, 1.0])).tolist()
+        )
+        square = F.interpolate(heat[None], (side, side), mode="bilinear", align_corners=False)[0]
+        return square[:, y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)].cpu().numpy()
 
     def _presence(
         self, image: EncodedImage, texts: Float[Tensor, "P E"], boxes: Float[Tensor, "P 4"]
