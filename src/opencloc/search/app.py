@@ -16,7 +16,7 @@ from pydantic import Field
 
 from opencloc.config import Strict
 from opencloc.errors import redacted
-from opencloc.search.ask import headline
+from opencloc.search.ask import day, headline
 from opencloc.search.index import load_predictor
 from opencloc.search.page import MAX_UPLOAD_MB, NAMES, Desk, Session, back, numbers, outlined
 from opencloc.search.query import Library
@@ -27,6 +27,7 @@ CSS = """
 .gradio-container { max-width: 1180px !important; width: 100% !important; margin: 0 auto !important; }
 .gradio-container main.contain, .gradio-container main { width: 100%; min-width: 0; }
 #gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) !important; height: auto; }
+#gallery img { object-fit: contain !important; }
 #gallery .grid-wrap { max-height: none; overflow: visible; }
 #gallery .caption-label { white-space: normal; overflow-wrap: anywhere; }
 table td, table th { font-family: inherit !important; overflow-wrap: anywhere; }
@@ -210,7 +211,7 @@ def _library_tab(gradio: Any, desk: Desk) -> dict[str, Any]:
         interactive=False,
         wrap=True,
         label="Details",
-        column_widths=["14%", "42%", "24%", "20%"],
+        column_widths=["17%", "38%", "23%", "22%"],
     )
     parts = {"text": text, "minus": minus, "button": button, "region": region, "earlier": earlier}
     return parts | {"words": words, "gallery": gallery, "table": table}
@@ -307,13 +308,13 @@ def _wire_library(gradio: Any, desk: Desk, session: Any, tab: dict[str, Any]) ->
         found = state.found
         if found is None:
             return state, [], "", [["", "", "", ""]]
-        pictures = [(outlined(row), f"{row.score:.3f}  {_name(row.photo)}") for row in found.rows]
+        pictures = [(outlined(row), f"{row.score:.3f}") for row in found.rows]
         table = [
             [
                 f"{row.score:.3f}",
                 row.photo + ("" if row.is_there else " (gone since)"),
                 " ".join(map(str, row.box_px)),
-                f"{row.date:%Y-%m-%d}",
+                day(row),
             ]
             for row in found.rows
         ]
@@ -339,7 +340,3 @@ def _wire_library(gradio: Any, desk: Desk, session: Any, tab: dict[str, Any]) ->
         api_visibility="private",
     )
     tab["earlier"].click(lambda state: show(back(state)), [session], shown, api_visibility="private")
-
-
-def _name(path: str) -> str:
-    return os.path.basename(path)

@@ -114,8 +114,13 @@ def print_table(found: Found, console: Console | None = None) -> None:
     for row in found.rows:
         gone = "" if row.is_there else "  (gone since)"
         place = Text(row.photo + "".join(f"\n{path}" for path in row.also) + gone)
-        table.add_row(f"{row.score:.3f}", " ".join(map(str, row.box_px)), f"{row.date:%Y-%m-%d}", place)
+        table.add_row(f"{row.score:.3f}", " ".join(map(str, row.box_px)), day(row), place)
     console.print(table)
+
+
+def day(row: Row) -> str:
+    """The day a photo was taken on; empty where nobody knows."""
+    return "" if row.date is None else f"{row.date:%Y-%m-%d}"
 
 
 def to_json(found: Found) -> str:
@@ -134,7 +139,7 @@ def to_json(found: Found) -> str:
                     "score": round(row.score, 6),
                     "presence": row.presence,
                     "also": row.also,
-                    "date": row.date.isoformat(),
+                    "date": row.date and row.date.isoformat(),
                     "width_px": row.width_px,
                     "height_px": row.height_px,
                     "is_there": row.is_there,
@@ -167,7 +172,7 @@ def _card(row: Row) -> dict[str, Any]:
         "score": f"{row.score:.3f}",
         "photo": row.photo,
         "box_px": ", ".join(map(str, row.box_px)),
-        "date": f"{row.date:%Y-%m-%d}",
+        "date": day(row),
         "is_there": row.is_there,
         "also": row.also,
     }

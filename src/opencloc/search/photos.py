@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from PIL import Image
@@ -60,7 +60,7 @@ class Photo:
     entry: Entry
     image: Image.Image  # RGB, upright
     digest: str  # of its bytes, or of its pixels where it has none: 32 hexadecimal digits
-    date: datetime  # when it was taken, by EXIF; else when its file was changed, or 1970
+    date: datetime | None  # when it was taken, by EXIF; else when its file was changed; None where nobody knows
     thumbnail: bytes  # JPEG
 
     @property
@@ -197,7 +197,7 @@ def _source(spec: str) -> Any:
     return open_source(spec)
 
 
-def _date(data: bytes | None, mtime: int) -> datetime:
+def _date(data: bytes | None, mtime: int) -> datetime | None:
     if data is not None:
         try:
             exif = Image.open(io.BytesIO(data)).getexif()
@@ -206,5 +206,6 @@ def _date(data: bytes | None, mtime: int) -> datetime:
             return datetime.strptime(text.strip("\0 ")[:19], "%Y:%m:%d %H:%M:%S")
         except Exception:  # none there, or damaged: viewers pass over it too
             pass
-    # cameras write local time without a zone: so do we
-    return datetime.fromtimestamp(mtime / 1e9 if mtime < 2**62 else 0, UTC).replace(tzinfo=None)
+    if not 0 < mtime < 2**62:  # not of a file
+        return None
+    return datetime.fromtimestamp(mtime / 1e9)  # cameras write local time without a zone: so do we

@@ -31,6 +31,8 @@ from opencloc.texts import canonical
 MOST_IDS = 1000  # photos of a filter that are named to the data base; of more, its answers are filtered
 CANDIDATES = 8  # of the approximate index are compared exactly, for each region wanted
 FOUND = 0.5  # a text that is in the library with a lower probability is not found
+LEVEL_PHOTOS = 64  # that the level of everyday names is measured on
+LEVEL = 0.95
 PerPhoto = Literal["best", "all"]
 
 
@@ -44,7 +46,7 @@ class Row:
     score: float  # cosine
     presence: float | None  # probability that the text is in this photo, looked at alone; None without a text
     also: tuple[str, ...]  # other paths of the very same photo
-    date: datetime
+    date: datetime | None  # when it was taken; None where nobody knows
     width_px: int
     height_px: int
     thumbnail: bytes  # JPEG
@@ -77,7 +79,7 @@ class Library:
 
     def __init__(self, store: Store, model: str, device: str) -> None:
         self.store, self._model, self._device = store, model, device
-        self._everyday: np.ndarray | None = None
+        self._level: tuple[int, float] | None = None  # of a version of the regions
 
     @classmethod
     def open(cls, path: str, *, model: str | None = None, device: str = "auto") -> Library:
@@ -145,7 +147,7 @@ class Library:
         allowed = self._allowed(folder, after, before)
         searched = len(self) if allowed is None else len(allowed)
         hits = self._hits(query, allowed, (min_area, max_area), per_photo, top, exact)
-        logits = self._logits(query, hits) if texts and image is None and like is None else None
+        logits = self._logits(hits) if texts and image is None and like is None else None
         rows = self._rows(hits, logits)
         odds = None if logits is None else presence(list(logits.values()), searched) if logits else 0.0
         return Found(rows=rows, query=words, presence=odds, searched=searched)
@@ -249,28 +251,32 @@ class Library:
                 return hits[:top]
             limit *= 8
 
-    @torch.no_grad()
-    def _logits(self, query: Float[np.ndarray, " E"], hits: list[dict[str, Any]]) -> dict[int, float]:
-        """Photo -> logit that what the query says is in it, from the best hit there.
+    def _logits(self, hits: list[dict[str, Any]]) -> dict[int, float]:
+        """Photo -> logit that what a text says is in it, looked at alone, from its best hit.
 
-        As in `Predictor.ground`: how far the fit is above the level that one in ten everyday names reaches in the same
-        photo, in units of the model's temperature.
+        It is how far the fit is above the library's level, in units of the model's temperature.
         """
-        predictor = self.predictor
-        ids = sorted({hit["photo"] for hit in hits})
-        if not ids:
+        if not hits:
             return {}
-        where = f"photo IN ({', '.join(map(str, ids))})"
+        version = self.store.regions.version
+        if self._level is None or self._level[0] != version:
+            self._level = version, self._everyday_level()
+        scale = self.predictor.model.scale("image" if self.settings.regions == "whole" else "region").item()
+        best: dict[int, float] = {}
+        for hit in hits:
+            best[hit["photo"]] = max(best.get(hit["photo"], -1.0), hit["score"])
+        return {photo: scale * (score - self._level[1]) for photo, score in best.items()}
+
+    def _everyday_level(self) -> float:
+        """What one in twenty everyday names (`EVERYDAY`) reaches in a photo: of so many about that share is there."""
+        first = self.store.regions.search().where("number = 0").select(["photo"]).limit(None).to_arrow()
+        ids = np.unique(first["photo"].to_numpy())  # hashes: any choice of them is random
+        where = f"photo IN ({', '.join(map(str, ids[:LEVEL_PHOTOS]))})"
         stored = self.store.regions.search().where(where).select(["photo", "vector"]).limit(None).to_arrow()
-        if self._everyday is None:
-            self._everyday = predictor.embed_texts(EVERYDAY.split(", ")).float().cpu().numpy()
-        owners, cosines = stored["photo"].to_numpy(), _vectors(stored) @ self._everyday.T
-        scale = predictor.model.scale("image" if self.settings.regions == "whole" else "region").item()
-        logits = {}
-        for number in ids:
-            level = float(np.quantile(cosines[owners == number].max(axis=0), 0.9))
-            logits[number] = scale * (max(hit["score"] for hit in hits if hit["photo"] == number) - level)
-        return logits
+        names = self.predictor.embed_texts(EVERYDAY.split(", ")).float().cpu().numpy()
+        owners, cosines = stored["photo"].to_numpy(), _vectors(stored) @ names.T
+        best = np.stack([cosines[owners == number].max(axis=0) for number in ids[:LEVEL_PHOTOS]])
+        return float(np.quantile(best, LEVEL))
 
     def _rows(self, hits: list[dict[str, Any]], logits: dict[int, float] | None) -> tuple[Row, ...]:
         ids = sorted({hit["photo"] for hit in hits})

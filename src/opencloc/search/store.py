@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -276,16 +276,12 @@ def _photo_rows(source: str, photos: Sequence[Photo], schema: pa.Schema) -> pa.T
         "mtime": [photo.entry.mtime for photo in photos],
         "id": [photo.id for photo in photos],
         "digest": [photo.digest for photo in photos],
-        "date": [_whole_seconds(photo.date) for photo in photos],
+        "date": [photo.date and photo.date.replace(microsecond=0) for photo in photos],
         "width": [photo.image.width for photo in photos],
         "height": [photo.image.height for photo in photos],
         "thumbnail": [photo.thumbnail for photo in photos],
     }
     return pa.table(columns, schema=schema.remove_metadata())
-
-
-def _whole_seconds(date: datetime) -> datetime:
-    return date.replace(microsecond=0)
 
 
 def _region_rows(regions: dict[int, Regions], schema: pa.Schema) -> pa.Table:
