@@ -90,26 +90,24 @@ class Store:
         )
 
     def commit(self, source: str, photos: Sequence[Photo], regions: dict[int, Regions]) -> None:
-        """Adds photos, replacing rows of the same path, and the regions of new contents."""
+        """Adds photos, replacing rows of the same path, and before them the regions of new contents."""
         with _naming(self.path):
             if regions:
-                self.regions.add(_region_rows(regions, self.regions.schema))
+                self._add(_region_rows(regions, self.regions.schema))
             if photos:
-                rows = _photo_rows(source, photos, self.photos.schema)
-                upsert = self.photos.merge_insert("path").when_matched_update_all().when_not_matched_insert_all()
-                upsert.execute(rows)
+                self._upsert(_photo_rows(source, photos, self.photos.schema))
 
     def remove_photos(self, paths: Iterable[str]) -> None:
         """Takes photos out of the library; their regions stay until `remove_regions`."""
-        for part in _parts(sorted(paths)):
-            with _naming(self.path):
-                self.photos.delete(f"path IN ({', '.join(map(quoted, part))})")
+        with _naming(self.path):
+            for part in _parts(sorted(paths)):
+                self._delete(self.photos, f"path IN ({', '.join(map(quoted, part))})")
 
     def remove_regions(self, contents: Iterable[int]) -> None:
         """Removes all regions of some contents."""
-        for part in _parts(sorted(contents)):
-            with _naming(self.path):
-                self.regions.delete(f"photo IN ({', '.join(map(str, part))})")
+        with _naming(self.path):
+            for part in _parts(sorted(contents)):
+                self._delete(self.regions, f"photo IN ({', '.join(map(str, part))})")
 
     def tidy(self) -> None:
         """Joins small files, brings the vector index up to date or builds it where the library has become large."""
@@ -119,7 +117,21 @@ class Store:
 
                 self.regions.create_index("vector", config=HnswSq(distance_type="cosine"))
             for table in (self.photos, self.regions):
-                table.optimize(cleanup_older_than=OLD_VERSIONS)
+                self._optimize(table)
+
+    # Every write is one of these, and each is one commit: all of it is there, or nothing.
+
+    def _add(self, rows: pa.Table) -> None:
+        self.regions.add(rows)
+
+    def _upsert(self, rows: pa.Table) -> None:
+        self.photos.merge_insert("path").when_matched_update_all().when_not_matched_insert_all().execute(rows)
+
+    def _delete(self, table: Any, condition: str) -> None:
+        table.delete(condition)
+
+    def _optimize(self, table: Any) -> None:
+        table.optimize(cleanup_older_than=OLD_VERSIONS)
 
     @property
     def approximate(self) -> bool:
