@@ -29,7 +29,8 @@ from opencloc.search.store import Settings, Store, open_store, quoted
 from opencloc.texts import canonical
 
 MOST_IDS = 1000  # photos of a filter that are named to the data base; of more, its answers are filtered
-CANDIDATES = 8  # of the approximate index are compared exactly, for each region wanted
+CANDIDATES = 2  # of the approximate index are compared exactly, for each region wanted
+MOST_APPROXIMATE = 2000  # regions; whoever wants more at once gets them by comparing all
 FOUND = 0.5  # a text that is in the library with a lower probability is not found
 LEVEL_PHOTOS = 64  # that the level of everyday names is measured on
 LEVEL = 0.95
@@ -239,7 +240,10 @@ class Library:
             search = search.select(["photo", "number", "box", "_distance"]).limit(limit)
             if conditions:
                 search = search.where(" AND ".join(conditions))
-            search = search.bypass_vector_index() if exact else search.ef(max(64, 2 * limit)).refine_factor(CANDIDATES)
+            if exact or limit > MOST_APPROXIMATE:
+                search = search.bypass_vector_index()
+            else:
+                search = search.ef(max(64, CANDIDATES * limit)).refine_factor(CANDIDATES)
             rows = search.to_arrow().to_pylist()
             hits: list[dict[str, Any]] = []
             seen = set[int]()

@@ -208,6 +208,7 @@ def connect(path: str) -> Any:
 
     Raises ValueError where LanceDB is not installed.
     """
+    os.environ.setdefault("LANCE_INCLUDE_VECTOR_CENTROIDS", "false")  # or it says on stderr that it will be so
     try:
         import lancedb
     except ImportError as error:
