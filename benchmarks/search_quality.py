@@ -150,10 +150,11 @@ def page_of(sets: dict[str, dict[str, Any]]) -> str:
             one = figures[kind]
             columns = ("photo", "region", "small photo", "small region")
             rows.append([name, kind, *(f"{100 * one[column]:.1f}" for column in columns)])
+        pairs, same = figures["regions"], figures["same photos among the first 10"]
         lines.append(
-            f"* {name}: {figures['photos']} photos, {figures['regions']['stored']:,} regions stored, "
-            f"{figures['texts']} texts with {figures['regions']['pairs']} pairs, {figures['regions']['small pairs']} of them small. The "
-            f"approximate index shows {100 * figures['same photos among the first 10']:.1f} % of the exact first 10."
+            f"* {name}: {figures['photos']} photos, {pairs['stored']:,} regions stored, {figures['texts']} texts with "
+            f"{pairs['pairs']} pairs, {pairs['small pairs']} of them small. The approximate index shows {100 * same:.1f} % "
+            "of the exact first 10."
         )
         if none := figures.get("nothing found"):
             lines.append(
