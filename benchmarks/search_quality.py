@@ -153,8 +153,8 @@ def page_of(sets: dict[str, dict[str, Any]]) -> str:
         pairs, same = figures["regions"], figures["same photos among the first 10"]
         lines.append(
             f"* {name}: {figures['photos']} photos, {pairs['stored']:,} regions stored, {figures['texts']} texts with "
-            f"{pairs['pairs']} pairs, {pairs['small pairs']} of them small. The approximate index shows {100 * same:.1f} % "
-            "of the exact first 10."
+            f"{pairs['pairs']} pairs, {pairs['small pairs']} of them small. The approximate index shows "
+            f"{100 * same:.1f} % of the exact first 10."
         )
         if none := figures.get("nothing found"):
             lines.append(

@@ -22,9 +22,9 @@ from opencloc.model.predictor import Predictor
 
 RegionKind = Literal["grid", "whole", "detector"]
 
-# Sides of the grid's boxes, as shares of the photo's; in steps of about half a box from edge to edge.  LONG ones come in
-# two shapes, 1 : 2 and 2 : 1.  Long boxes at small sides would find no more photos and worse boxes: a narrow part of a
-# thing often fits its name better than all of it.
+# Sides of the grid's boxes, as shares of the photo's, in steps of about half a box from edge to edge.  LONG ones come
+# in two shapes, 1 : 2 and 2 : 1.  There are none among the small: they would win with a narrow part of a thing, whose
+# name often fits it better than the whole.
 SIDES = (0.7, 0.5, 0.4, 0.3, 0.22, 0.16)
 LONG = (0.7, 0.45)
 # A box that overlaps a kept one and whose embedding has at least this cosine with it is not stored.
