@@ -97,8 +97,7 @@ def test_regions_are_marked_by_clicks_and_keyboard_and_named(page: Any, tmp_path
     page.get_by_label("Names to choose from").press("Enter")
     box = marked.bounding_box()
     marked.click(position={"x": 0.1 * box["width"], "y": 0.2 * box["height"]})
-    page.wait_for_timeout(1)
-    page.wait_for_function("() => !document.querySelector('.pending, .generating')")
+    page.locator("#marked img[alt^='Photo, 0 regions, one corner of a box']").wait_for()
     marked.click(position={"x": 0.6 * box["width"], "y": 0.8 * box["height"]})
     page.locator("#marked img[alt^='Photo, 1 regions']").wait_for()
     assert np.abs(seen(marked) - before).max() > 50  # it is drawn

@@ -76,7 +76,7 @@ def start_app(config: AppConfig) -> tuple[str, Callable[[], None], Callable[[], 
     library = None if config.index is None else Library.open(config.index, model=config.model, device=config.device)
     model = library.predictor if library is not None else load_predictor(str(config.model), config.device)
     page = build(gradio, Desk(model, library), _title(config))
-    theme = gradio.themes.Default(font=FONT, font_mono=["ui-monospace", "Consolas", "monospace"])
+    theme = gradio.themes.Default(font=FONT, font_mono=FONT)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of what Gradio itself uses
         _, address, _ = page.launch(
@@ -211,7 +211,7 @@ def _library_tab(gradio: Any, desk: Desk) -> dict[str, Any]:
         interactive=False,
         wrap=True,
         label="Details",
-        column_widths=["17%", "38%", "23%", "22%"],
+        column_widths=["19%", "37%", "24%", "20%"],
     )
     parts = {"text": text, "minus": minus, "button": button, "region": region, "earlier": earlier}
     return parts | {"words": words, "gallery": gallery, "table": table}
@@ -240,7 +240,8 @@ def _wire_photo(gradio: Any, desk: Desk, session: Any, file: Any, tab: dict[str,
             gradio.Warning(_sentence(error), title="That did not work")
             rows = []
         named = "; ".join(f"{row[0]} {row[1]} {row[2]}" for row in rows)
-        alt = "No photo" if state.photo is None else f"Photo, {len(state.regions)} regions. {named}".strip()
+        half = ", one corner of a box" if state.corner else ""
+        alt = "No photo" if state.photo is None else f"Photo, {len(state.regions)} regions{half}. {named}".strip()
         marked = gradio.Image(value=desk.marked(state, [row[1] for row in rows]), alt_text=alt)
         return state, marked, rows or [["", "", "", ""]]
 
@@ -308,10 +309,10 @@ def _wire_library(gradio: Any, desk: Desk, session: Any, tab: dict[str, Any]) ->
         found = state.found
         if found is None:
             return state, [], "", [["", "", "", ""]]
-        pictures = [(outlined(row), f"{row.score:.3f}") for row in found.rows]
+        pictures = [(outlined(row), f"{row.score:.2f}") for row in found.rows]
         table = [
             [
-                f"{row.score:.3f}",
+                f"{row.score:.2f}",
                 row.photo + ("" if row.is_there else " (gone since)"),
                 " ".join(map(str, row.box_px)),
                 day(row),

@@ -31,7 +31,9 @@ from opencloc.texts import canonical
 MOST_IDS = 1000  # photos of a filter that are named to the data base; of more, its answers are filtered
 CANDIDATES = 2  # of the approximate index are compared exactly, for each region wanted
 MOST_APPROXIMATE = 2000  # regions; whoever wants more at once gets them by comparing all
-FOUND = 0.5  # a text that is in the library with a lower probability is not found
+FOUND = (
+    0.4  # a text with a lower probability is not found; below 1/2, as a wrong photo is seen and a wrong "nothing" not
+)
 LEVEL_PHOTOS = 64  # that the level of everyday names is measured on
 LEVEL = 0.95
 PerPhoto = Literal["best", "all"]
