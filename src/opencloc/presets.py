@@ -58,7 +58,7 @@ def small() -> TrainConfig:
 
 def vit_b16() -> TrainConfig:
     """ViT-B/16 at 224 px with the published constants (paper section 4.1)."""
-    return TrainConfig(out="runs/vit_b16")
+    return TrainConfig(out="runs/vit_b16", optim=OptimConfig(name="adamw"))
 
 
 def vit_l14_336() -> TrainConfig:
@@ -75,6 +75,7 @@ def vit_l14_336() -> TrainConfig:
             text_heads=12,
             embed_dim=768,
         ),
+        optim=OptimConfig(name="adamw"),
     )
 
 
@@ -93,6 +94,7 @@ def vit_h14_336() -> TrainConfig:
             text_heads=16,
             embed_dim=1024,
         ),
+        optim=OptimConfig(name="adamw"),
     )
 
 

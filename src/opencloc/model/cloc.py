@@ -86,6 +86,7 @@ class ClocModel(PreTrainedModel):
         towers.check_family(clip)
         self.embed_dim, self.grid = towers.embed_dim(clip), towers.patch_grid(clip)
         width = clip.vision_config.hidden_size
+        self._towers_given = towers_model is not None
         self.clip: Any = AutoModel.from_config(clip) if towers_model is None else towers_model
         if towers_model is not None:  # the base class has just reset the choice in the configuration they share
             towers_model.set_attn_implementation(config._attn_implementation or "sdpa")
@@ -118,7 +119,8 @@ class ClocModel(PreTrainedModel):
             for _, kind in module.named_parameters(recurse=False):  # of corner, point, text
                 init.normal_(kind, std=0.5)
             table, before = towers.position_table(self.clip)  # here, since transformers skips a `self` without weights
-            if self.config.shared_positions and not getattr(table.weight, "_is_hf_initialized", False):
+            is_new = not self._towers_given and not getattr(table.weight, "_is_hf_initialized", False)
+            if self.config.shared_positions and is_new:
                 self._start_positions_from_basis(table, before)
         elif isinstance(module, CrossPrompter):
             for linear in (module.value, module.out):
@@ -211,9 +213,9 @@ class ClocModel(PreTrainedModel):
 
     @torch.no_grad()
     def bound_scales(self) -> None:
-        """Brings the scales' parameters back to their bound, after a step of the optimizer, as open_clip does."""
+        """Brings the scales' parameters, if they are trained, back to their bound, after a step, as open_clip does."""
         for log_scale in (self.clip.logit_scale, self.region_logit_scale):
-            if log_scale is not None:
+            if log_scale is not None and log_scale.requires_grad:
                 log_scale.clamp_(max=MAX_LOG_SCALE)
 
     # -- encoding ------------------------------------------------------------------------------------------------
@@ -364,7 +366,7 @@ class ClocModel(PreTrainedModel):
     def forward(
         self,
         pixel_values: Float[Tensor, "B 3 S S"],
-        input_ids: Int[Tensor, "B T"] | PackedTexts,
+        input_ids: Int[Tensor, "B T"] | PackedTexts | None,
         boxes: Float[Tensor, "B M 4"] | None = None,
         text_ids: Int[Tensor, "U W"] | PackedTexts | None = None,
         text_index: Int[Tensor, "B M"] | None = None,
@@ -373,8 +375,9 @@ class ClocModel(PreTrainedModel):
         """Everything the losses need, from one pass of each tower.
 
         Distinct region texts are encoded once: `text_ids` holds them, `text_index` says which of them each region has.
-        Without boxes only the image-text part is computed (the CLIP baseline).  `kept`: of each image, the numbers of
-        the patches that are looked at (FLIP, Li et al. 2023); None: all.  Raises ValueError if the Prompter needs all.
+        Without boxes only the image-text part is computed (the CLIP baseline), without captions only the region part.
+        `kept`: of each image, the numbers of the patches that are looked at (FLIP, Li et al. 2023); None: all.
+        Raises ValueError if the Prompter needs all.
         """
         if kept is not None and not self.prompter.allows_patch_dropout:
             raise ValueError(f"the {self.config.prompter} Prompter needs all patches: data.patch_dropout must be 0")
@@ -383,13 +386,11 @@ class ClocModel(PreTrainedModel):
             embeddings = self.encode_text(join(input_ids, text_ids))  # all in one pass of the tower
             caption, texts = embeddings.split([len(input_ids), len(text_ids)])
         else:
-            caption = self.encode_text(input_ids)
+            caption = None if input_ids is None else self.encode_text(input_ids)
             texts = None if boxes is None or text_ids is None else self.encode_text(text_ids)
-        output: dict[str, Tensor] = {
-            "image": _normalize(pooled),
-            "caption": caption,
-            "logit_scale": self.scale("image"),
-        }
+        output: dict[str, Tensor] = {}
+        if caption is not None:
+            output |= {"image": _normalize(pooled), "caption": caption, "logit_scale": self.scale("image")}
         if boxes is not None:
             assert texts is not None
             assert text_index is not None

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, no_type_check
+from typing import Any, Literal, no_type_check
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 
 @no_type_check  # tests check the types of all calls: that would hide the **kwargs transformers adds to configurations
@@ -30,7 +29,7 @@ class ClocConfig(PreTrainedConfig):
     """
 
     model_type = "cloc"
-    sub_configs_defaults = {"clip_config": SubConfigSpec(config_class=AutoConfig, model_type="clip")}  # noqa: RUF012
+    sub_configs = {"clip_config": AutoConfig}  # noqa: RUF012
 
     clip_config: dict | PreTrainedConfig | None = None
     prompter: Literal["cross", "encoder", "roi", "pool", "pool_cross"] = "cross"
@@ -41,6 +40,12 @@ class ClocConfig(PreTrainedConfig):
     roi_size: int = 4
     regions_trained: bool = True
     grounding_trained: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # by hand: how a configuration makes those inside it has changed in the course of transformers 5
+        if not isinstance(self.clip_config, PreTrainedConfig):
+            self.clip_config = AutoConfig.for_model(**{"model_type": "clip"} | (self.clip_config or {}))
+        super().__post_init__(**kwargs)
 
 
 AutoConfig.register("cloc", ClocConfig)

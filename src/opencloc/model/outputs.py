@@ -26,12 +26,13 @@ class ImageFeatures:
 class ClocOutput:
     """What `forward` returns for the losses.  Embeddings are L2-normalised; scales are exp(parameter), clipped.
 
-    The region fields are None where no boxes were given; `ground_boxes` also where the Prompter has no text prompts.
+    The first three are None where no captions were given.  The region fields are None where no boxes were given;
+    `ground_boxes` also where the Prompter has no text prompts.
     """
 
-    image: Float[Tensor, "B E"]
-    caption: Float[Tensor, "B E"]
-    logit_scale: Float[Tensor, ""]
+    image: Float[Tensor, "B E"] | None = None
+    caption: Float[Tensor, "B E"] | None = None
+    logit_scale: Float[Tensor, ""] | None = None
     region: Float[Tensor, "B M E"] | None = None
     region_text: Float[Tensor, "B M E"] | None = None
     ground_boxes: Float[Tensor, "B M 4"] | None = None

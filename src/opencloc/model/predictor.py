@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from opencloc.boxes import Letterbox, clipped_px
 from opencloc.devices import choose_device
-from opencloc.images import as_array, as_mask, open_image
+from opencloc.images import as_array, as_mask, mask_square, open_image
 from opencloc.model.cloc import ClocModel, ImageFeatures
 from opencloc.model.loading import load_config, load_model, load_processor
 from opencloc.model.processor import ClocProcessor
@@ -190,12 +190,7 @@ class Predictor:
                 raise ValueError(f"{prompt} does not lie in the image of {width} x {height} pixels")
             return Point(*image.letterbox.to_square(point / [width, height]).tolist())
         if isinstance(prompt, Mask):
-            mask = as_mask(prompt.mask, height, width)
-            side = max(mask.shape)
-            top, left = (side - height) // 2, (side - width) // 2
-            square = np.zeros((side, side), np.float32)
-            square[top : top + height, left : left + width] = mask
-            return Mask(torch.from_numpy(square))
+            return Mask(torch.from_numpy(mask_square(as_mask(prompt.mask, height, width))))
         if isinstance(prompt, Text):
             if not self.model.has_text_prompts:  # before the text is encoded for nothing
                 return prompt
