@@ -11,12 +11,8 @@ import json
 import os
 import time
 from collections import defaultdict, deque
-<<<<<<< HEAD
 from collections.abc import Iterable, Sequence
-=======
-from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
->>>>>>> main
 from dataclasses import dataclass, field
 
 from opencloc import files
