@@ -46,10 +46,9 @@ def photo(seed: int, width: int = 60, height: int = 40) -> Image.Image:
     image = Image.new("RGB", (width, height), tuple(rng.integers(0, 256, 3).tolist()))
     pen = ImageDraw.Draw(image)
     for _ in range(6):
-        x, y = rng.integers(0, width - 12), rng.integers(0, height - 12)
-        pen.rectangle(
-            (x, y, x + rng.integers(6, 24), y + rng.integers(6, 24)), fill=tuple(rng.integers(0, 256, 3).tolist())
-        )
+        x, y = (int(rng.integers(0, side - 12)) for side in (width, height))
+        right, bottom = (int(start + rng.integers(6, 24)) for start in (x, y))
+        pen.rectangle((x, y, right, bottom), fill=tuple(rng.integers(0, 256, 3).tolist()))
     return image
 
 

@@ -49,9 +49,10 @@ def test_the_image_is_encoded_once_however_many_regions_are_named(desk: Desk, op
     [([(5, 5), (5, 5)], "same"), ([(5, 5), (5.5, 30)], "same"), ([(0, 0), (90, 90)], "outside")],
 )
 def test_clicks_that_make_no_box_are_named(desk: Desk, opened: Session, clicks, message: str) -> None:
-    session = desk.click(opened, *clicks[0], "box")
+    (x0, y0), (x1, y1) = clicks
+    session = desk.click(opened, x0, y0, "box")
     with pytest.raises(ValueError, match=message):
-        desk.click(session, *clicks[1], "box")
+        desk.click(session, x1, y1, "box")
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + b"\0" * 50])
