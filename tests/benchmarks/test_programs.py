@@ -324,3 +324,35 @@ def test_study_trains_on_labels_that_it_made_and_study_report_shows_the_result(
     assert "VESL: phrases of captions" in (out / "table.md").read_text()
     assert (out / "curves.png").exists()
     assert (out / "examples.png").exists()
+
+
+# -- photo libraries -----------------------------------------------------------------------------------------------
+
+
+def test_search(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("lancedb", reason="needs the extra `search`")
+    save_untrained(tmp_path / "model")
+    out = run("search", "--model", tmp_path / "model", "--num-images", 2, "--rounds", 1, "--sizes", 500, "--queries", 3)
+    figures = json.loads((out / "costs.json").read_text())
+    assert figures["indexing"]["ratio"] > 0
+    assert figures["queries"]["500"]["lancedb, all"]["recall"] > 0.95
+    assert (out / "costs.md").read_text().count("| 500 |") == 4
+
+
+def test_search_quality(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("lancedb", reason="needs the extra `search`")
+    save_untrained(tmp_path / "model")
+    out = run("search_quality", "--model", tmp_path / "model", "--data", "s=scenes:easy", "--num-images", 3)
+    (found,) = json.loads((out / "quality.json").read_text())["sets"].values()
+    assert found["regions"]["photo"] == found["whole photos"]["photo"] == 1  # three photos, ten shown
+    assert 0 <= found["regions"]["region"] <= 1
+
+
+@pytest.mark.slow
+def test_search_kills(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("lancedb", reason="needs the extra `search`")
+    save_untrained(tmp_path / "model")
+    out = run("search_kills", "--model", tmp_path / "model", "--kills", 1, "--num-images", 12, "--longest", 0.1)
+    figures = json.loads((out / "kills.json").read_text())
+    assert figures["equal"]
+    assert figures["whole"]

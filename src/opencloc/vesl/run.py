@@ -6,53 +6,34 @@ Resuming needs no state of its own: a shard is finished when its `_stats.json` l
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
-import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from opencloc import files
-from opencloc.config import Strict
 from opencloc.data.sidecar import stats_path
 from opencloc.errors import redacted
 from opencloc.progress import Meter
 from opencloc.vesl.config import LabelConfig, manifest_path, write_manifests
 from opencloc.vesl.engine import NUM_EXAMPLES, Skipped
-from opencloc.vesl.label import Progress, Shard, ShardReport, find_shards
-from opencloc.vesl.workers import InProcess, Processes, RayActors, Workers
+from opencloc.vesl.label import Progress, Shard, ShardReport, find_shards, load_engine
+from opencloc.vesl.workers import Workers, WorkersConfig, attempt, drive, say, start_workers
 
-FAILED_SHARDS_IN_A_ROW = 10  # attempts, with no success between: then it is not the shards' fault
 INTERRUPTED = "interrupted"
 _AT_ONCE = 32  # small files read at the same time
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(Strict):
+class RunConfig(WorkersConfig):
     """Where and how the shards are labelled.  Nothing here changes what the labels are."""
 
-    workers: int = 0
-    """Local processes, each with its own models; 0: this process.  With Ray: most workers, 0 for all there is room
-    for."""
-    ray: str | None = None
-    """Address of a Ray cluster, or `local`."""
-    cpus_per_worker: float = 1.0
-    """CPUs of a Ray worker."""
-    gpus_per_worker: float = 0.0
-    """GPUs of a Ray worker; may be a fraction, so that several share one."""
     retry_failed: bool = False
     """Also redo the images with an error in finished shards."""
-    max_attempts: int = 3
-    """How often a shard is tried before it is given up."""
-
-    def __post_init__(self) -> None:
-        least = {"workers": 0, "max_attempts": 1, "cpus_per_worker": 0, "gpus_per_worker": 0}
-        for name, low in least.items():
-            if not getattr(self, name) >= low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
 
 
 @dataclass(kw_only=True)
@@ -151,15 +132,17 @@ def run_label(config: LabelConfig, run: RunConfig | None = None) -> RunReport:
         pending, finished = [*pending, *redo], [shard for shard in finished if shard not in redo]
     report = RunReport(folders=tuple(folder or "." for folder in folders), finished_before=len(finished))
     if finished and pending:
-        _say(f"resuming: {len(finished)} of {len(shards)} shards are finished, the next is {pending[0].label}")
+        say(f"resuming: {len(finished)} of {len(shards)} shards are finished, the next is {pending[0].label}")
     if pending:
         try:
             meter = Meter("labelling", _expected_images(pending, report))
             with meter, _workers(config, run, meter.advance) as workers:
-                for _ in _drive(workers, deque((shard, 1) for shard in pending), run.max_attempts, report):
+                for _ in drive(workers, deque((shard, 1) for shard in pending), run.max_attempts, report):
                     meter.total = _expected_images(pending, report)
         except KeyboardInterrupt:
             report.stopped = INTERRUPTED
+        finally:
+            load_engine.cache_clear()
         report.not_started = len(pending) - len(report.reports) - len(report.failed_shards)
     if report.stopped and report.stopped != INTERRUPTED and not (report.reports or finished):
         for path in new_manifests:  # or the corrected command would be another configuration
@@ -172,37 +155,6 @@ def run_label(config: LabelConfig, run: RunConfig | None = None) -> RunReport:
     return report
 
 
-def _drive(workers: Workers, queue: deque[tuple[Shard, int]], max_attempts: int, report: RunReport) -> Iterator[None]:
-    """Hands out the shards until all are finished or given up, or the run has to stop; yields after each one done."""
-    attempts: dict[Shard, int] = {}
-    failures_in_a_row = 0
-    while queue or attempts:
-        while queue and workers.idle():
-            shard, number = queue.popleft()
-            attempts[shard] = number
-            workers.submit(shard)
-        for outcome in workers.outcomes():
-            number = attempts.pop(outcome.shard)
-            if outcome.report is not None:
-                failures_in_a_row = 0
-                report.reports.append(outcome.report)
-                yield
-                continue
-            failures_in_a_row += 1
-            if outcome.fatal:
-                report.stopped = outcome.problem
-                return
-            # Said at once, since the summary may be hours away.
-            _say(f"{outcome.shard.label}: attempt {number} of {max_attempts} failed: {outcome.problem}")
-            if number < max_attempts:
-                queue.append((outcome.shard, number + 1))
-            else:
-                report.failed_shards[outcome.shard.label] = outcome.problem
-            if failures_in_a_row == FAILED_SHARDS_IN_A_ROW:
-                report.stopped = f"{FAILED_SHARDS_IN_A_ROW} attempts failed in a row, last: {outcome.problem}"
-                return
-
-
 def _expected_images(shards: Sequence[Shard], report: RunReport) -> int | None:
     """How many images the shards hold; of tars, as many each as the finished ones on average, None before the first."""
     if all(shard.span is not None for shard in shards):
@@ -210,24 +162,8 @@ def _expected_images(shards: Sequence[Shard], report: RunReport) -> int | None:
     return round(report.images / len(report.reports) * len(shards)) if report.reports else None
 
 
-def _say(line: str) -> None:
-    print(redacted(line), file=sys.stderr, flush=True)
-
-
 def _workers(config: LabelConfig, run: RunConfig, progress: Progress) -> Workers:
-    if run.ray is not None:
-        return RayActors(
-            config,
-            run.retry_failed,
-            progress,
-            address=run.ray,
-            count=run.workers,
-            num_cpus=run.cpus_per_worker,
-            num_gpus=run.gpus_per_worker,
-        )
-    if run.workers:
-        return Processes(config, run.retry_failed, progress, run.workers)
-    return InProcess(config, run.retry_failed, progress)
+    return start_workers(functools.partial(attempt, config, run.retry_failed), run, progress)
 
 
 def _split(config: LabelConfig, shards: Iterable[Shard]) -> tuple[list[Shard], list[Shard]]:
