@@ -66,6 +66,10 @@ class Item:
     choices: tuple[tuple[str, ...], ...] = ()  # R: several texts each, of which the first is true
     queries: tuple[str, ...] = ()  # texts to be found in the image
     truths: tuple[np.ndarray, ...] = ()  # for each query its boxes (K, 4)
+    questions: tuple[str, ...] = ()  # to be answered in words
+    answers: tuple[str, ...] = ()  # for each question the right answer, or the one to compare with
+    question_ids: tuple[int, ...] = ()  # for each question its number in the set's own files, if it has any
+    context: str = ""  # what a judge of the answers is told of the image
     skipped: Skipped = field(default_factory=Counter)  # of this image
 
 
