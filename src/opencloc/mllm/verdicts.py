@@ -25,7 +25,7 @@ def bare_name(answer: str) -> str:
 def named(answer: str, names: Sequence[str]) -> list[int]:
     """Numbers of the names that the answer holds as whole words, each once, in the order of the names.
 
-    The longest name that fits a place takes it: "a hot dog" holds "hot dog" and no "dog".  A name counts in the singular
+    The longest name that fits a place takes it: "a hot dog" holds "hot dog", no "dog".  A name counts in the singular
     and in the plain plural (`s` or `es`).
     """
     by_name = {}
