@@ -27,8 +27,9 @@ class NoAnswer(ValueError):
 class ChatServer:
     """A connection to the server, which may be used from many threads.
 
-    `what` names it in errors, as "caption server"; `model` None: the only one it has; `model_option`: what a user sets
-    to name one; `api_key_env`: the environment variable that holds the key.  Raises `ServerError` where it has several models or does not tell.
+    `what` names it in errors, as "caption server"; `model` None: the only one it has; `model_option`: what a user
+    sets to name one; `api_key_env`: the environment variable that holds the key.  Raises `ServerError` where it has
+    several models or does not tell.
     """
 
     def __init__(
