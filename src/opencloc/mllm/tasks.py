@@ -257,9 +257,9 @@ def answer_yes_no(ask: Interview) -> Batches:
 
 
 def tell_presence(ask: Interview) -> Batches:
-    """Is a thing in the image?  Of each image all names of its regions, and as many that are not there, drawn at random.
+    """Is a thing in the image?  All names of an image's regions are asked for, and as many that are not there.
 
-    An answer that says neither yes nor no, or both, is wrong.
+    Those are drawn at random, the same in every run.      An answer that says neither yes nor no, or both, is wrong.
     """
 
     def questions(one: Loaded) -> list[tuple[str, str]]:
