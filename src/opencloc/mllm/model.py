@@ -154,7 +154,33 @@ class RegionLlava(LlavaForConditionalGeneration):
         text: Any = config.text_config
         self.model = RegionLlavaModel(config)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.loss_type = "ForCausalLM"  # which transformers finds by the names of its own classes
         self.post_init()
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        pixel_values: Float[Tensor, "I 3 S S"] | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Int[Tensor, "B T"] | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        region_boxes: Float[Tensor, "B P 4"] | None = None,
+        region_kinds: Int[Tensor, "B P"] | None = None,
+        region_masks: Float[Tensor, "B P H V"] | None = None,
+        **options: Any,
+    ) -> Any:
+        """As LLaVA's; `generate` reads the names of the arguments off this function."""
+        return super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            labels=labels,
+            mm_encoder_outputs=mm_encoder_outputs,
+            region_boxes=region_boxes,
+            region_kinds=region_kinds,
+            region_masks=region_masks,
+            **options,
+        )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
