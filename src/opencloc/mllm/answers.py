@@ -16,9 +16,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from opencloc.devices import Precision, choose_device, computes_in_bf16
+from opencloc.images import letterbox_array
 from opencloc.mllm.conversation import Conversation
 from opencloc.mllm.model import RegionLlava
 from opencloc.mllm.processor import IGNORED, RegionLlavaProcessor, Row
+from opencloc.model.processor import normalize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +33,10 @@ class Features:
     def of(self, images: Sequence[Any]) -> Any:
         """The features of the images in this order, one row for each."""
         index = torch.tensor([self.rows[id(image)] for image in images], device=self.output.last_hidden_state.device)
-        layers: tuple[Tensor, ...] = self.output.hidden_states
+        layers: tuple[Tensor | None, ...] = self.output.hidden_states  # those that nobody reads are left out
         chosen = type(self.output)(
             last_hidden_state=self.output.last_hidden_state[index],
-            hidden_states=tuple(layer[index] for layer in layers),
+            hidden_states=tuple(None if layer is None else layer[index] for layer in layers),
         )
         chosen.pooler_output = [self.output.pooler_output[i] for i in index.tolist()]
         return chosen
@@ -70,7 +72,9 @@ class Answerer:
         distinct = {id(c.image): c for c in conversations if c.image is not None}
         if not distinct:
             return None
-        pixels = self.processor.pixels([c.image for c in distinct.values()]).to(self.device)
+        side, mean, std = self.processor.image_size, self.processor.image_mean, self.processor.image_std
+        squares = np.stack([letterbox_array(c.image, side) for c in distinct.values() if c.image is not None])
+        pixels = normalize(torch.from_numpy(squares).to(self.device), mean, std)
         with self._autocast():
             output = self.model.get_image_features(
                 pixel_values=pixels,
@@ -93,7 +97,7 @@ class Answerer:
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=self.processor.end_ids[-1],
-            pad_token_id=self.processor.pad_id,
+            pad_token_id=self.model.generation_config.pad_token_id,
         )
         for numbers, rows, known in self._batches(conversations, features, for_training=False):
             batch = self._inputs([conversations[i] for i in numbers], rows, known, for_training=False)
@@ -148,10 +152,8 @@ class Answerer:
         for group in groups:
             known = features or self.encode([conversations[i] for i in group])
             rows = {
-                i: _only_last_answer(
-                    self.processor.encode(
-                        conversations[i], for_training=for_training, where=f"conversation {i}", with_pixels=False
-                    )
+                i: _to_answer(
+                    self.processor.encode(conversations[i], for_training=for_training, where=f"conversation {i}")
                 )
                 for i in group
             }
@@ -177,11 +179,8 @@ class Answerer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
 
-def _only_last_answer(row: Row) -> Row:
-    """The row with the labels of its last answer alone."""
-    supervised = np.array(row.labels) != IGNORED
-    gaps = np.flatnonzero(~supervised)
-    if not supervised.any():
-        return row
+def _to_answer(row: Row) -> Row:
+    """The row with the labels of its last answer alone, and without pixels: its image is encoded already."""
+    gaps = np.flatnonzero(np.array(row.labels) == IGNORED)
     first = int(gaps[-1]) + 1 if len(gaps) else 0
-    return replace(row, labels=[IGNORED] * first + row.labels[first:])
+    return replace(row, square=None, labels=[IGNORED] * first + row.labels[first:])
