@@ -218,6 +218,62 @@ def _export(arguments: list[str]) -> None:
     print(f"The towers of {config.model} as a plain {type(model.clip).__name__}; its README says how to use it.")
 
 
+def _mllm_chat(arguments: list[str]) -> None:
+    """Talk with a multimodal model about a photo, in the terminal"""
+    from opencloc.mllm.terminal import ChatConfig, run_chat
+
+    _quiet_transformers()
+    run_chat(_parse(ChatConfig, arguments, "mllm chat"))
+
+
+def _mllm_eval(arguments: list[str]) -> None:
+    """Score multimodal models: opencloc mllm eval [TASK ...] --data LOCATION --model FOLDER ..."""
+    from opencloc.mllm.evaluate import BENCHMARKS, SOURCE_TASKS, MllmEvalConfig, run_mllm_eval
+
+    if not arguments or arguments[0] in HELP:
+        print(f"{_mllm_eval.__doc__}\n\nTasks on any source (default: all five):")
+        for name, task in SOURCE_TASKS.items():
+            print(f"  {name:<20} {(task.__doc__ or '').splitlines()[0]}")
+        print("Tasks on a public set, from its own files (docs/guides/mllm.md):")
+        for name, (read, _) in BENCHMARKS.items():
+            print(f"  {name:<20} {(read.__doc__ or '').splitlines()[0]}")
+        print()
+    _quiet_transformers()
+    count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    tasks = ["--tasks", *arguments[:count]] if count else []
+    run_mllm_eval(_parse(MllmEvalConfig, [*tasks, *_together(arguments[count:], "--data", "--model")], "mllm eval"))
+
+
+def _mllm_export(arguments: list[str]) -> None:
+    """Write a multimodal model as a plain LLaVA, for transformers, vLLM, lmms-eval and others"""
+    from opencloc.mllm.export import export_llava
+    from opencloc.mllm.model import RegionLlava
+    from opencloc.mllm.processor import RegionLlavaProcessor
+    from opencloc.model.export import check_apart
+
+    @dataclass(frozen=True, kw_only=True)
+    class MllmExport:
+        """The model without its region tokens, as a folder that LlavaForConditionalGeneration loads."""
+
+        model: str
+        """Folder of the multimodal model."""
+        out: str
+        """Folder to write.  An earlier export of that name is replaced, anything else refused."""
+
+    config = _parse(MllmExport, arguments, "mllm export")
+    _quiet_transformers()
+    check_apart(config.model, config.out)
+    model = RegionLlava.from_pretrained(config.model)
+    print(export_llava(model, RegionLlavaProcessor.from_pretrained(config.model), config.out))
+    print(f"{config.model} as a plain LlavaForConditionalGeneration; regions need {config.model} itself.")
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
 def _group(name: str, **parts: type) -> Any:
     """A class of several configurations, whose fields the command line takes without the parts' names."""
     import tyro
@@ -258,6 +314,9 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "eval": _eval,
     "label": _label,
     "export": _export,
+    "mllm chat": _mllm_chat,
+    "mllm eval": _mllm_eval,
+    "mllm export": _mllm_export,
     "data scenes": _data_scenes,
     "data stats": _data_stats,
     "data view": _data_view,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -16,7 +16,7 @@ from opencloc.data.sources.spec import open_source
 from opencloc.devices import Precision, choose_device, computes_in_bf16
 from opencloc.errors import and_skipped
 from opencloc.eval.encoders import Encoder, RegionWay, View, check_regions, load_encoder, natural_way
-from opencloc.eval.registry import BENCHMARKS, SOURCE_TASKS, TASKS, open_set, task_name
+from opencloc.eval.registry import BENCHMARKS, SOURCE_TASKS, TASKS, read_set, task_name
 from opencloc.eval.report import Result, flat_metrics, to_json, to_markdown, write_html_report
 from opencloc.eval.sets.item import IMAGES, EvalSet, Loaded, Skipped, Unread, by_unit, in_words, load
 from opencloc.eval.sets.source import source_set
@@ -103,7 +103,13 @@ def run_eval(config: EvalConfig) -> list[Result]:
     disable_progress_bar()  # transformers' own, one for every model
     device = choose_device(config.device)
     models = _named(config)
-    sets = _open_sets(config)
+    sets = open_sets(
+        list(dict.fromkeys(map(task_name, config.tasks))),
+        config.data,
+        config.class_names,
+        on_source=SOURCE_TASKS,
+        readers={name: benchmark.read for name, benchmark in BENCHMARKS.items()},
+    )
     results: list[Result] = []
     pictures: list[Prediction] = []
     for name, folder, way in models:
@@ -281,18 +287,25 @@ def _named(config: EvalConfig) -> list[tuple[str, str, RegionWay]]:
     return named
 
 
-def _open_sets(config: EvalConfig) -> list[tuple[list[str], EvalSet]]:
-    """The sets of the command, each with the tasks asked of it; those on one source share it.
+def open_sets(
+    tasks: Sequence[str],
+    locations: Sequence[str],
+    class_names: str | None,
+    *,
+    on_source: Collection[str],
+    readers: Mapping[str, Callable[..., EvalSet]],
+) -> list[tuple[list[str], EvalSet]]:
+    """The sets at `[TASK=]LOCATION`, each with the tasks asked of it; those on one source share it.
 
-    Raises ValueError for a task without data, data without a task, and a set that comes twice.
+    `class_names`: a file of them; `on_source`: the tasks that any source serves; `readers`: of the others what reads
+    their public set.  Raises ValueError for a task without data, data without a task, and a set that comes twice.
     """
-    tasks = list(dict.fromkeys(map(task_name, config.tasks)))
     own: dict[str, list[str]] = {}
     shared: list[str] = []
-    for place in config.data:
+    for place in locations:
         head, equals, rest = place.partition("=")
         name = head.replace("_", "-")
-        if equals and name in TASKS:
+        if equals and (name in on_source or name in readers):
             if name not in tasks:
                 raise ValueError(f"--data {place}: the task {name} is not asked for")
             own.setdefault(name, []).append(rest)
@@ -304,15 +317,15 @@ def _open_sets(config: EvalConfig) -> list[tuple[list[str], EvalSet]]:
         raise ValueError(f"--data {shared[0]}: every task has data of its own")
     places = {task: own.get(task, shared) for task in tasks}
     names = None
-    if config.class_names is not None:
-        names = [line.strip() for line in files.read_text(config.class_names).splitlines() if line.strip()]
+    if class_names is not None:
+        names = [line.strip() for line in files.read_text(class_names).splitlines() if line.strip()]
     sets: list[tuple[list[str], EvalSet]] = [
-        ([task], open_set(task, place)) for task in tasks if task in BENCHMARKS for place in places[task]
+        ([task], read_set(readers[task], task, place)) for task in tasks if task in readers for place in places[task]
     ]
-    on_source = [task for task in tasks if task in SOURCE_TASKS]
-    for place in dict.fromkeys(place for task in on_source for place in places[task]):
+    asked_of_sources = [task for task in tasks if task in on_source]
+    for place in dict.fromkeys(place for task in asked_of_sources for place in places[task]):
         data = source_set(open_source(place), place, class_names=names)
-        sets.append(([task for task in on_source if place in places[task]], data))
+        sets.append(([task for task in asked_of_sources if place in places[task]], data))
     count = Counter(f"{task} {data.name}" for asked, data in sets for task in asked)
     if twice := [name for name, times in count.items() if times > 1]:
         raise ValueError(f"the same set twice: {', '.join(twice)}")

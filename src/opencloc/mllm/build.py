@@ -156,9 +156,7 @@ def _language_model(path: str) -> tuple[Any, Any, Any]:
     """(causal language model in float32, tokenizer, configuration)."""
     kind = loading.load_config(path).model_type
     if kind not in LANGUAGE_MODELS:
-        raise ValueError(
-            f"{path} holds a {kind!r} model: the language model must be one of {', '.join(LANGUAGE_MODELS)}"
-        )
+        raise ValueError(f"{path} holds a {kind!r} model: the language model must be one of {', '.join(LANGUAGE_MODELS)}")
     model = loading.load_model(AutoModelForCausalLM, path).float().eval()
     return model, loading.load_tokenizer(path), model.config
 

@@ -65,9 +65,9 @@ class Answer:
 class Chat:
     """A conversation with a model about one photo at a time.
 
-    `ask` begins a new one, `follow_up` goes on.  Regions are numbered through the conversation, boxes before points
-    before masks of one turn; `{region:K}` in a question points at region K.  Where a turn brings regions and its text
-    names none, they are put behind it.
+    `ask` begins a new one, `follow_up` goes on; when either fails, the conversation stays as it was.  Regions are
+    numbered through the conversation, boxes before points before masks of one turn; `{region:K}` in a question points
+    at region K.  Where a turn brings regions and its text names none, they are put behind it.
     """
 
     def __init__(self, answerer: Answerer) -> None:
@@ -94,12 +94,28 @@ class Chat:
     ) -> Answer:
         """The answer to a first question about an image: anything that `opencloc.images.open_image` takes.
 
-        Raises ValueError for a region outside the image and a placeholder without one, and leaves the conversation as
-        it was.
+        Raises ValueError for a region outside the image and a placeholder without one.
         """
+        before = self.turns, self.prompts, self.image, self._features
+        self.open(image)
+        try:
+            return self.follow_up(
+                text, boxes_px=boxes_px, points_px=points_px, masks=masks, max_new_tokens=max_new_tokens
+            )
+        except BaseException:
+            self.turns, self.prompts, self.image, self._features = before
+            raise
+
+    def open(self, image: Any) -> None:
+        """Encodes an image and begins a new conversation about it, in which nothing is said yet."""
         photo = open_image(image)
-        features = self.answerer.encode([Conversation(image=photo, turns=(Turn("user", "?"),))])
-        return self._say(photo, features, (), (), text, (boxes_px, points_px, masks), max_new_tokens)
+        self._features = self.answerer.encode([Conversation(image=photo, turns=(Turn("user", "?"),))])
+        self.image = photo
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a new conversation about the same image."""
+        self.turns, self.prompts = (), ()
 
     def follow_up(
         self,
@@ -110,34 +126,22 @@ class Chat:
         masks: Iterable[Any] = (),
         max_new_tokens: int = MAX_NEW_TOKENS,
     ) -> Answer:
-        """The answer to a further question about the same image.  Raises as `ask`, and ValueError before it."""
+        """The answer to a further question about the same image.  Raises as `ask`, and ValueError before any image."""
         if self.image is None:
             raise ValueError("there is no image yet: begin with ask(image, text)")
-        given = boxes_px, points_px, masks
-        return self._say(self.image, self._features, self.turns, self.prompts, text, given, max_new_tokens)
-
-    def _say(
-        self,
-        photo: Image.Image,
-        features: Features | None,
-        turns: tuple[Turn, ...],
-        prompts: tuple[RegionPrompt, ...],
-        text: str,
-        given: tuple[Any, Any, Iterable[Any]],
-        max_new_tokens: int,
-    ) -> Answer:
-        """Asks, and keeps question and answer when all went well."""
         if not text.strip():
             raise ValueError("the question is empty")
-        new = _prompts(photo, *given)
+        new = _prompts(self.image, boxes_px, points_px, masks)
         if new and not PLACEHOLDER.search(text):
-            text = " ".join([text.strip(), *(f"{{region:{len(prompts) + i}}}" for i in range(len(new)))])
-        prompts = (*prompts, *new)
-        asked = Conversation(image=photo, turns=(*turns, Turn("user", text)), prompts=prompts, where="question")
-        (said,) = self.answerer.answer([asked], max_new_tokens, features)
-        self.turns = (*asked.turns, Turn("assistant", said or "..."))
-        self.prompts, self.image, self._features = prompts, photo, features
-        return read_answer(said, photo)
+            text = " ".join([text.strip(), *(f"{{region:{len(self.prompts) + i}}}" for i in range(len(new)))])
+        prompts = (*self.prompts, *new)
+        asked = Conversation(
+            image=self.image, turns=(*self.turns, Turn("user", text)), prompts=prompts, where="question"
+        )
+        (said,) = self.answerer.answer([asked], max_new_tokens, self._features)
+        said_then = Turn("assistant", said or "...")  # a conversation has no empty answers
+        self.turns, self.prompts = (*asked.turns, said_then), prompts
+        return read_answer(said, self.image)
 
 
 def read_answer(text: str, image: Image.Image) -> Answer:

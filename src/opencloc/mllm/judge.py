@@ -53,6 +53,7 @@ class JudgeConfig(Strict):
     """Environment variable that holds the server's key."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.judge_concurrency < 1 or self.judge_retries < 0 or not self.judge_timeout_s > 0:
             raise ValueError("judge_concurrency must be >= 1, judge_retries >= 0 and judge_timeout_s > 0")
         if self.judge is not None and not self.judge.startswith(("http://", "https://")):

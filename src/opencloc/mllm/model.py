@@ -186,9 +186,7 @@ class RegionLlava(LlavaForConditionalGeneration):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, RegionLlavaModel) and module.patch_positions is not None:
-            init.copy_(
-                module.patch_positions, position_basis(patch_centres(module.grid), module.patch_positions.shape[1])
-            )
+            init.copy_(module.patch_positions, position_basis(patch_centres(module.grid), module.patch_positions.shape[1]))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -9,76 +9,28 @@ Symbols: Q questions, R boxes, K boxes of one text.
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Generator
 
 import numpy as np
 import torch
 
 from opencloc.boxes import Letterbox
 from opencloc.eval import metrics
-from opencloc.eval.metrics import Rows, Scorer
-from opencloc.eval.sets.item import BOXES, IMAGES, NO_REGIONS, TEXTS, EvalSet, Item, Loaded, Skipped
+from opencloc.eval.metrics import Rows
+from opencloc.eval.sets.item import BOXES, IMAGES, NO_REGIONS, TEXTS, Loaded
 from opencloc.eval.tasks import NO_QUERIES, UNKNOWN_CLASS, Scores
 from opencloc.mllm import templates
 from opencloc.mllm.boxes_text import find_boxes
 from opencloc.mllm.conversation import Conversation, RegionPrompt, Turn
+from opencloc.mllm.interview import Interview, absent
 from opencloc.mllm.judge import Case, ferret_answer, pointed_question
 from opencloc.mllm.verdicts import bare_name, named, says_yes
 from opencloc.model.prompts import Box
-from opencloc.texts import canonical, is_text
+from opencloc.texts import canonical
 
 Batches = Generator[None, list[Loaded] | None, Scores]
+NO_RIVAL = "without a name that is not in it"
 NAME_TOKENS, BOX_TOKENS, WORD_TOKENS = 16, 32, 8  # most tokens of an answer
-
-
-@runtime_checkable  # the tests check all annotations while they run
-class Speaker(Protocol):
-    """Answers questions about images; what is scored."""
-
-    def answer(self, conversations: Sequence[Conversation], max_new_tokens: int) -> list[str]:
-        """The answer to the last turn of each conversation, a user's, by greedy decoding."""
-        ...
-
-    def log_likelihood(self, conversations: Sequence[Conversation]) -> list[float]:
-        """Log-probability of the last turn of each conversation, an assistant's, its end included."""
-        ...
-
-
-@dataclass(kw_only=True)
-class Interview:
-    """What a task works with, and what it tells besides its scores."""
-
-    speaker: Speaker
-    data: EvalSet
-    resamples: int
-    names: tuple[str, ...] = ()  # what things of this set may be called, canonical, distinct
-    caption_tokens: int = 128
-    category: str = ""  # of Ferret-Bench
-    judge: Callable[[list[Case]], list[Any]] | None = None  # points by case, or a BadSample
-    skipped: Skipped = field(default_factory=Counter)
-    num_images: int = 0  # that had a question
-    answers: list[dict[str, Any]] = field(default_factory=list)  # each question with its answer and the verdict
-    cases: list[Case] = field(default_factory=list)  # of Ferret-Bench
-
-    def scorer(self, images: np.ndarray) -> Scorer:
-        """The scorer of all questions, by the numbers of their images."""
-        self.num_images = len(np.unique(images))
-        return Scorer(images, resamples=self.resamples)
-
-    def ask(self, asked: Sequence[tuple[Loaded, str, tuple[RegionPrompt, ...]]], max_new_tokens: int) -> list[str]:
-        """The answers to questions, each with its image and what its regions mean."""
-        return self.speaker.answer(
-            [Conversation(image=one.image, turns=(Turn("user", text),), prompts=p) for one, text, p in asked],
-            max_new_tokens,
-        )
-
-    def note(self, one: Loaded, question: str, answer: str, **verdict: Any) -> None:
-        """Keeps what was said, for answers.jsonl."""
-        self.answers.append({"image": one.number, "question": question, "answer": answer} | verdict)
 
 
 Task = Callable[[Interview], Batches]
@@ -99,15 +51,14 @@ def choose_names(ask: Interview) -> Batches:
         pairs: list[tuple[str, str]] = []  # true and false name
         regions: list[tuple[int, int]] = []
         for one in batch:
-            rivals = absent(ask, one.item)
-            if not len(one.item.boxes) or not rivals:
-                ask.skipped[IMAGES, "without a name that is not in it" if len(one.item.boxes) else NO_REGIONS] += 1
+            rivals = absent(ask, one, len(one.item.boxes))
+            if not rivals:
+                ask.skipped[IMAGES, NO_RIVAL if len(one.item.boxes) else NO_REGIONS] += 1
                 continue
-            random = np.random.default_rng([1, one.number])
             for row, (box, text) in enumerate(zip(one.item.boxes, one.item.texts, strict=True)):
-                pair = canonical(text), rivals[int(random.integers(len(rivals)))]
+                pair = canonical(text), rivals[row % len(rivals)]
                 for options in (pair, pair[::-1]):
-                    asked.append((one, templates.choice_question(*options), (Box(*map(float, box)),)))
+                    asked.append((one, templates.choose(options), (Box(*map(float, box)),)))
                     pairs.append(pair)
                     regions.append((one.number, row))
         if not asked:
@@ -117,7 +68,7 @@ def choose_names(ask: Interview) -> Batches:
             [
                 Conversation(
                     image=one.image,
-                    turns=(Turn("user", text), Turn("assistant", templates.name_answer(name))),
+                    turns=(Turn("user", text), Turn("assistant", name)),
                     prompts=prompts,
                 )
                 for (one, text, prompts), pair in zip(asked, pairs, strict=True)
@@ -165,7 +116,7 @@ def name_regions(ask: Interview) -> Batches:
                 if ask.data.class_names and canonical(text) not in ask.names:
                     ask.skipped[BOXES, UNKNOWN_CLASS] += 1
                     continue
-                asked.append((one, templates.refer_question(), (Box(*map(float, box)),)))
+                asked.append((one, templates.refer(), (Box(*map(float, box)),)))
                 names.append(canonical(text))
         if not asked:
             continue
@@ -200,7 +151,7 @@ def find_texts(ask: Interview) -> Batches:
             if not one.item.queries:
                 ask.skipped[IMAGES, NO_QUERIES if one.item.texts else NO_REGIONS] += 1
             for text, boxes in zip(one.item.queries, one.item.truths, strict=True):
-                asked.append((one, templates.ground_question(text), ()))
+                asked.append((one, templates.ground(text), ()))
                 truths.append(boxes)
         if not asked:
             continue
@@ -264,14 +215,12 @@ def tell_presence(ask: Interview) -> Batches:
 
     def questions(one: Loaded) -> list[tuple[str, str]]:
         present = list(dict.fromkeys(canonical(text) for text in one.item.texts))
-        rivals = absent(ask, one.item)
-        if not present or not rivals:
-            ask.skipped[IMAGES, "without a name that is not in it" if present else NO_REGIONS] += 1
+        rivals = absent(ask, one, len(present))
+        if not rivals:
+            ask.skipped[IMAGES, NO_RIVAL if present else NO_REGIONS] += 1
             return []
-        count = min(len(present), len(rivals))
-        drawn = np.random.default_rng([2, one.number]).choice(len(rivals), count, replace=False)
-        asked = [(name, "yes") for name in present[:count]] + [(rivals[i], "no") for i in drawn.tolist()]
-        return [(templates.exists_question(name), label) for name, label in asked]
+        asked = [(name, "yes") for name in present[: len(rivals)]] + [(name, "no") for name in rivals]
+        return [(templates.exists(name), label) for name, label in asked]
 
     return (yield from _yes_no(ask, questions))
 
@@ -318,14 +267,14 @@ def describe_images(ask: Interview) -> Batches:
     Object precision is over all names in captions, recall over all names in images, each name once per image.  Whole
     words and plain plurals count, synonyms don't.
     """
-    told, there = Rows(), Rows()
+    told, there, names = Rows(), Rows(), tuple(ask.names)
     while (batch := (yield)) is not None:
         batch = [one for one in batch if _has_texts(ask, one)]
-        captions = ask.ask([(one, templates.caption_question(), ()) for one in batch], ask.caption_tokens)
+        captions = ask.ask([(one, templates.CAPTION, ()) for one in batch], ask.caption_tokens)
         for one, caption in zip(batch, captions, strict=True):
             present = {canonical(text) for text in one.item.texts}
-            said = {ask.names[i] for i in named(caption, ask.names)}
-            ask.note(one, templates.caption_question(), caption, named=sorted(said), missed=sorted(present - said))
+            said = {names[i] for i in named(caption, names)}
+            ask.note(one, templates.CAPTION, caption, named=sorted(said), missed=sorted(present - said))
             told.add(images=[one.number] * len(said), right=np.array([name in present for name in sorted(said)], bool))
             there.add(images=[one.number] * len(present), right=np.array([n in said for n in sorted(present)], bool))
     if not len(there):
@@ -376,10 +325,10 @@ def answer_ferret_bench(ask: Interview) -> Batches:
                     answer=ferret_answer(answer, Letterbox(width_px=one.image.width, height_px=one.image.height)),
                 )
             )
-    if ask.judge is None:
+    judged = ask.finish(ask.cases)
+    if judged is None:
         ask.num_images = len(set(numbers))
         return {}
-    judged = ask.judge(ask.cases)
     for points in judged:
         if isinstance(points, ValueError):
             ask.skipped[TEXTS, getattr(points, "reason", str(points))] += 1
@@ -395,19 +344,3 @@ def answer_ferret_bench(ask: Interview) -> Batches:
     scorer.add("points", "points of 10", points[:, 1] / 10, images, of=of)
     scorer.add("reference_points", "the references' points of 10", points[:, 0] / 10, images, of=of)
     return scorer.scores
-
-
-# -- what is not there -------------------------------------------------------------------------------------------------
-
-
-def absent(ask: Interview, item: Item) -> list[str]:
-    """The set's names that no region of the image has; none that only holds or is held by one of its names.
-
-    A "hot dog" is no fair false name beside a "dog".
-    """
-    present = [canonical(text) for text in item.texts if is_text(text)]
-    return [name for name in ask.names if not any(_holds(a, name) or _holds(name, a) for a in present)]
-
-
-def _holds(text: str, name: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
