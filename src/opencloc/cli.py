@@ -193,31 +193,6 @@ def _data_scenes(arguments: list[str]) -> None:
     print(f"{out.num_images:,} images in {len(paths):,} tars")
 
 
-def _export(arguments: list[str]) -> None:
-    """Write a model's towers as a plain CLIP checkpoint, for LLaVA, Ferret and others"""
-    from transformers.utils.logging import disable_progress_bar
-
-    from opencloc.model.cloc import ClocModel
-    from opencloc.model.export import check_apart, export_clip
-    from opencloc.model.processor import ClocProcessor
-
-    @dataclass(frozen=True, kw_only=True)
-    class Export:
-        """The towers of a CLOC checkpoint as a folder that transformers loads as CLIPModel or CLIPVisionModel."""
-
-        model: str
-        """Folder of the CLOC checkpoint."""
-        out: str
-        """Folder to write.  An earlier export of that name is replaced, anything else refused."""
-
-    config = _parse(Export, arguments, "export")
-    disable_progress_bar()  # transformers' own
-    check_apart(config.model, config.out)
-    model = ClocModel.from_pretrained(config.model)
-    print(export_clip(model, ClocProcessor.from_pretrained(config.model), config.out))
-    print(f"The towers of {config.model} as a plain {type(model.clip).__name__}; its README says how to use it.")
-
-
 def _mllm_chat(arguments: list[str]) -> None:
     """Talk with a multimodal model about a photo, in the terminal"""
     from opencloc.mllm.terminal import ChatConfig, run_chat
@@ -274,6 +249,86 @@ def _quiet_transformers() -> None:
     disable_progress_bar()
 
 
+def _export(arguments: list[str]) -> None:
+    """Write a model's towers as a plain CLIP checkpoint, for LLaVA, Ferret and others"""
+    from transformers.utils.logging import disable_progress_bar
+
+    from opencloc.model.cloc import ClocModel
+    from opencloc.model.export import check_apart, export_clip
+    from opencloc.model.processor import ClocProcessor
+
+    @dataclass(frozen=True, kw_only=True)
+    class Export:
+        """The towers of a CLOC checkpoint as a folder that transformers loads as CLIPModel or CLIPVisionModel."""
+
+        model: str
+        """Folder of the CLOC checkpoint."""
+        out: str
+        """Folder to write.  An earlier export of that name is replaced, anything else refused."""
+
+    config = _parse(Export, arguments, "export")
+    disable_progress_bar()  # transformers' own
+    check_apart(config.model, config.out)
+    model = ClocModel.from_pretrained(config.model)
+    print(export_clip(model, ClocProcessor.from_pretrained(config.model), config.out))
+    print(f"The towers of {config.model} as a plain {type(model.clip).__name__}; its README says how to use it.")
+
+
+def _mllm_build(arguments: list[str]) -> None:
+    """Make a multimodal model of a vision encoder and a language model"""
+    from transformers.utils.logging import disable_progress_bar
+
+    from opencloc.mllm.build import BuildConfig, build
+
+    config = _parse(BuildConfig, arguments, "mllm build")
+    disable_progress_bar()  # transformers' own
+    print(build(config))
+    print(f"{config.encoder} and {config.llm}, regions by {config.sampler}; opencloc mllm train align is next")
+
+
+def _mllm_train(arguments: list[str]) -> int | None:
+    """Train a multimodal model: opencloc mllm train align|instruct|CONFIG.json --model FOLDER [--field value ...]"""
+    from opencloc.config import from_json
+    from opencloc.mllm.config import STAGES, MllmTrainConfig
+    from opencloc.mllm.train import train
+    from opencloc.train.loop import Interrupted
+
+    if not arguments or arguments[0] in HELP:
+        print(f"{_mllm_train.__doc__}\n\nStages:")
+        for name, stage in STAGES.items():
+            print(f"  {name:<12} {(stage.__doc__ or '').splitlines()[0]}")
+        print("\nopencloc mllm train STAGE --help lists all fields.  The same command again goes on where it stopped.")
+        return 0
+    first, rest = arguments[0], arguments[1:]
+    if first in STAGES:
+        if (given := _value(rest, "--model")) is None and not any(flag in rest for flag in HELP):
+            raise ValueError(f"mllm train {first} needs --model FOLDER, of opencloc mllm build or an earlier stage")
+        default = STAGES[first](given or "MODEL")
+    elif Path(first).suffix == ".json":
+        default = from_json(MllmTrainConfig, Path(first).read_bytes(), first)
+    else:
+        raise ValueError(f"{first!r} is neither a stage ({', '.join(STAGES)}) nor a .json configuration")
+    config = _parse(MllmTrainConfig, rest, f"mllm train {first}", default=default)
+    try:
+        model = train(config)
+        if os.environ.get("RANK", "0") == "0":  # under torchrun one of them says it
+            print(model)
+            print(f"{config.steps:,} steps of {config.batch_size:,} conversations; how they went is in {config.out}/log.jsonl")
+    except Interrupted as stop:
+        print(f"opencloc mllm train: {stop}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _value(arguments: list[str], option: str) -> str | None:
+    """The value of an option of the command line, given as `--option value` or `--option=value`."""
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        name, equals, value = argument.partition("=")
+        if name == option:
+            return value if equals else following
+    return None
+
+
 def _group(name: str, **parts: type) -> Any:
     """A class of several configurations, whose fields the command line takes without the parts' names."""
     import tyro
@@ -314,6 +369,8 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "eval": _eval,
     "label": _label,
     "export": _export,
+    "mllm build": _mllm_build,
+    "mllm train": _mllm_train,
     "mllm chat": _mllm_chat,
     "mllm eval": _mllm_eval,
     "mllm export": _mllm_export,
