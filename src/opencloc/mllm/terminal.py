@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 from opencloc.config import Count, Strict
 from opencloc.devices import choose_device
@@ -37,10 +37,10 @@ class ChatConfig(Strict):
     """`auto` (cuda if there is one), `cpu`, `cuda`, ..."""
 
 
-def run_chat(config: ChatConfig, lines: TextIO | None = None) -> None:
+def run_chat(config: ChatConfig, lines: Any = None) -> None:
     """Reads questions line by line and prints each answer, with its boxes in pixels and the picture written.
 
-    Raises ValueError or OSError for a model or a first photo that cannot be opened; what is wrong with a later line is
+    `lines`: a text stream, by default the standard input.  Raises ValueError or OSError for a model or a first photo that cannot be opened; what is wrong with a later line is
     said, and the conversation goes on.
     """
     chat = Chat.from_pretrained(config.model, str(choose_device(config.device)))
@@ -107,7 +107,7 @@ class _Talk:
             print(answer.save(Path(self._config.out) / f"answer-{self._pictures}.png"), flush=True)
 
 
-def _read(lines: TextIO) -> Iterator[str]:
+def _read(lines: Any) -> Iterator[str]:
     """Lines that are not empty, with a prompt where somebody types them."""
     while True:
         if lines.isatty():
