@@ -40,8 +40,8 @@ class ChatConfig(Strict):
 def run_chat(config: ChatConfig, lines: Any = None) -> None:
     """Reads questions line by line and prints each answer, with its boxes in pixels and the picture written.
 
-    `lines`: a text stream, by default the standard input.  Raises ValueError or OSError for a model or a first photo that cannot be opened; what is wrong with a later line is
-    said, and the conversation goes on.
+    `lines`: a text stream, by default the standard input.  Raises ValueError or OSError for a model or a first photo
+    that cannot be opened; what is wrong with a later line is said, and the conversation goes on.
     """
     chat = Chat.from_pretrained(config.model, str(choose_device(config.device)))
     lines = lines or sys.stdin
