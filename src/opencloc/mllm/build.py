@@ -1,4 +1,4 @@
-"""`build`: a vision encoder and a language model become a RegionLlava, whose projector and sampler are yet to be trained."""
+"""`build` makes a RegionLlava of a vision encoder and a language model; projector and sampler are yet to be trained."""
 
 from __future__ import annotations
 
@@ -156,7 +156,8 @@ def _language_model(path: str) -> tuple[Any, Any, Any]:
     """(causal language model in float32, tokenizer, configuration)."""
     kind = loading.load_config(path).model_type
     if kind not in LANGUAGE_MODELS:
-        raise ValueError(f"{path} holds a {kind!r} model: the language model must be one of {', '.join(LANGUAGE_MODELS)}")
+        able = ", ".join(LANGUAGE_MODELS)
+        raise ValueError(f"{path} holds a {kind!r} model: the language model must be one of {able}")
     model = loading.load_model(AutoModelForCausalLM, path).float().eval()
     return model, loading.load_tokenizer(path), model.config
 

@@ -39,7 +39,7 @@ def chat_format(tokenizer: Any, where: str = "the tokenizer") -> ChatFormat:
             raise ValueError(f"{where}: the tokenizer has neither a chat template nor an end token")
         start = tokenizer.bos_token or ""
         return ChatFormat(head=f"{start}USER: ", ask=" ASSISTANT: ", end=tokenizer.eos_token, between="USER: ")
-    q1, a1, q2, a2 = _TEXTS
+    _, a1, q2, a2 = _TEXTS
     roles = ("user", "assistant", "user", "assistant")
     messages = [{"role": role, "content": text} for role, text in zip(roles, _TEXTS, strict=True)]
 
@@ -55,7 +55,7 @@ def chat_format(tokenizer: Any, where: str = "the tokenizer") -> ChatFormat:
         raise ValueError(f"{where}: its chat template does not leave the texts of questions and answers as they are")
     head, after = whole[: places[0]], whole[places[3] + len(a2) :]
     between = whole[places[1] + len(a1) : places[2]]
-    common = os.path.commonprefix([between, after])
+    common = os.path.commonprefix([between, after])  # noqa: RUF071 (of strings, as wanted)
     ends = [common.find(token) + len(token) for token in tokenizer.all_special_tokens if token in common]
     if not ends:
         raise ValueError(f"{where}: its chat template ends an answer by no special token")
