@@ -91,8 +91,9 @@ def build(config: BuildConfig) -> Path:
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.lm_head.load_state_dict(language.lm_head.state_dict())
     if prompter is not None:
-        model.model.sampler.prompter.load_state_dict(prompter["prompter"])
-        model.model.sampler.prompt_encoder.load_state_dict(prompter["prompt_encoder"])
+        sampler: Any = model.model.sampler
+        sampler.prompter.load_state_dict(prompter["prompter"])
+        sampler.prompt_encoder.load_state_dict(prompter["prompt_encoder"])
     _check_same_logits(model, language, config.llm)
     if config.shared_positions:
         _start_numbers_from_basis(embeddings, tokenizer, config.coordinate_steps)
