@@ -72,7 +72,7 @@ def arms() -> list[Arm]:
         Arm(name="clip", title="CLIP, last layer", encoder=clip),
         Arm(name="clip_2", title="CLIP, last layer but one", encoder=clip, layer=-2),
         Arm(name="clip_long_2", title="CLIP trained longer, last layer but one", encoder=long, layer=-2),
-        Arm(name="clip_roi", title="CLIP, last layer but one + RoIAlign", encoder=clip, sampler="roi", refer="both", layer=-2),
+        Arm(name="clip_roi_2", title="CLIP, last layer but one + RoIAlign", encoder=clip, refer="both", layer=-2),
         Arm(name="cloc", title="CLOC, last layer", encoder=cloc),
         Arm(name="cloc_2", title="CLOC, last layer but one", encoder=cloc, layer=-2),
         Arm(name="cloc_points", title="CLOC + points", encoder=cloc, sampler="points", refer="both"),
@@ -293,7 +293,8 @@ def score(folder: Path, num_images: int, device: str) -> dict[str, float]:
             right.setdefault("said yes", []).append(answer == templates.YES)
         elif kind == "ground":
             sample, k = truth
-            box = torch.from_numpy(Letterbox(width_px=sample.image.width, height_px=sample.image.height).to_square(sample.boxes[k]))
+            letterbox = Letterbox(width_px=sample.image.width, height_px=sample.image.height)
+            box = torch.from_numpy(letterbox.to_square(sample.boxes[k]))
             found = find_boxes(answer).boxes
             overlap = float(iou(torch.tensor(found[0]), box)) if found else 0.0
             right.setdefault("boxes read", []).append(bool(found))
@@ -324,7 +325,8 @@ def answered(model: Any, processor: Any, asked: Sequence[tuple[str, Any, Any]]) 
             part = own[first : first + AT_ONCE]
             batch = processor([conversation for _, conversation, _ in part]).to(model.device)
             ids = model.generate(**batch, max_new_tokens=length, do_sample=False)
-            for (_, _, truth), answer in zip(part, processor.decode_answers(ids, batch["input_ids"].shape[1]), strict=True):
+            answers = processor.decode_answers(ids, batch["input_ids"].shape[1])
+            for (_, _, truth), answer in zip(part, answers, strict=True):
                 yield kind, answer, truth
 
 
@@ -351,7 +353,8 @@ def run_all(chosen: list[Arm], arguments: argparse.Namespace) -> int:
             command = [sys.executable, "-m", "benchmarks.mllm_study", "--out", str(out), "--run", arm.name, str(seed)]
             command += ["--steps", str(arguments.steps), "--num-images", str(arguments.num_images)]
             with (out / f"{name}.log").open("ab") as log:
-                process = subprocess.Popen([*command, "--device", arguments.device], env=environment, stdout=log, stderr=log)
+                command += ["--device", arguments.device]
+                process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
             running[process] = name
         if not running:
             raise SystemExit(f"runs wait for runs that failed: {[arm.name for arm, _ in waiting]}")

@@ -313,7 +313,8 @@ def _mllm_train(arguments: list[str]) -> int | None:
         model = train(config)
         if os.environ.get("RANK", "0") == "0":  # under torchrun one of them says it
             print(model)
-            print(f"{config.steps:,} steps of {config.batch_size:,} conversations; how they went is in {config.out}/log.jsonl")
+            conversations = f"{config.steps:,} steps of {config.batch_size:,} conversations"
+            print(f"{conversations}; how they went is in {config.out}/log.jsonl")
     except Interrupted as stop:
         print(f"opencloc mllm train: {stop}", file=sys.stderr)
         return 130

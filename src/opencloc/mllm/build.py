@@ -1,4 +1,4 @@
-"""`build`: a vision encoder and a language model become a RegionLlava, whose projector and sampler are yet to be trained."""
+"""`build` makes a RegionLlava of a vision encoder and a language model; projector and sampler are yet to be trained."""
 
 from __future__ import annotations
 
@@ -91,8 +91,9 @@ def build(config: BuildConfig) -> Path:
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.lm_head.load_state_dict(language.lm_head.state_dict())
     if prompter is not None:
-        model.model.sampler.prompter.load_state_dict(prompter["prompter"])
-        model.model.sampler.prompt_encoder.load_state_dict(prompter["prompt_encoder"])
+        sampler: Any = model.model.sampler
+        sampler.prompter.load_state_dict(prompter["prompter"])
+        sampler.prompt_encoder.load_state_dict(prompter["prompt_encoder"])
     _check_same_logits(model, language, config.llm)
     if config.shared_positions:
         _start_numbers_from_basis(embeddings, tokenizer, config.coordinate_steps)
@@ -156,7 +157,8 @@ def _language_model(path: str) -> tuple[Any, Any, Any]:
     """(causal language model in float32, tokenizer, configuration)."""
     kind = loading.load_config(path).model_type
     if kind not in LANGUAGE_MODELS:
-        raise ValueError(f"{path} holds a {kind!r} model: the language model must be one of {', '.join(LANGUAGE_MODELS)}")
+        able = ", ".join(LANGUAGE_MODELS)
+        raise ValueError(f"{path} holds a {kind!r} model: the language model must be one of {able}")
     model = loading.load_model(AutoModelForCausalLM, path).float().eval()
     return model, loading.load_tokenizer(path), model.config
 

@@ -1,6 +1,6 @@
-"""What a language model's chat template puts around questions and answers, as four strings.
+"""What a language model's chat template puts around questions and answers, as five strings.
 
-    head + question + ask + answer + end + between + question + ask + answer + end
+    head + question + ask + lead + answer + end + between + question + ask + lead + answer + end
 
 So every piece is tokenised on its own: the ids of an answer are those of the answer, whatever stands around it, and a
 prompt is the beginning of what was trained on.  Templates that write earlier turns differently from the last one
@@ -20,12 +20,13 @@ _TEXTS = ("QUESTION-ONE", "ANSWER-ONE", "QUESTION-TWO", "ANSWER-TWO")
 
 @dataclass(frozen=True, kw_only=True)
 class ChatFormat:
-    """The strings around the turns; `end` is learned as the end of an answer, the others are given."""
+    """The strings around the turns; `lead` and `end` are learned with the answers, the others are given."""
 
     head: str
     ask: str
     end: str
     between: str
+    lead: str = ""  # a space that the template writes before an answer, but not at the end of a prompt (Mistral)
 
 
 def chat_format(tokenizer: Any, where: str = "the tokenizer") -> ChatFormat:
@@ -39,7 +40,7 @@ def chat_format(tokenizer: Any, where: str = "the tokenizer") -> ChatFormat:
             raise ValueError(f"{where}: the tokenizer has neither a chat template nor an end token")
         start = tokenizer.bos_token or ""
         return ChatFormat(head=f"{start}USER: ", ask=" ASSISTANT: ", end=tokenizer.eos_token, between="USER: ")
-    q1, a1, q2, a2 = _TEXTS
+    _, a1, q2, a2 = _TEXTS
     roles = ("user", "assistant", "user", "assistant")
     messages = [{"role": role, "content": text} for role, text in zip(roles, _TEXTS, strict=True)]
 
@@ -54,10 +55,13 @@ def chat_format(tokenizer: Any, where: str = "the tokenizer") -> ChatFormat:
     if -1 in places or places != sorted(places) or any(whole.count(text) != 1 for text in _TEXTS) or q2 not in asked:
         raise ValueError(f"{where}: its chat template does not leave the texts of questions and answers as they are")
     head, after = whole[: places[0]], whole[places[3] + len(a2) :]
+    ask, before = asked[asked.index(q2) + len(q2) :], whole[places[2] + len(q2) : places[3]]
+    if not before.startswith(ask):
+        raise ValueError(f"{where}: its chat template writes another prompt than stands before an answer")
     between = whole[places[1] + len(a1) : places[2]]
-    common = os.path.commonprefix([between, after])
+    common = os.path.commonprefix([between, after])  # noqa: RUF071 (of strings, as wanted)
     ends = [common.find(token) + len(token) for token in tokenizer.all_special_tokens if token in common]
     if not ends:
         raise ValueError(f"{where}: its chat template ends an answer by no special token")
     end = common[: min(ends)]
-    return ChatFormat(head=head, ask=asked[asked.index(q2) + len(q2) :], end=end, between=between[len(end) :])
+    return ChatFormat(head=head, ask=ask, end=end, between=between[len(end) :], lead=before[len(ask) :])

@@ -94,7 +94,8 @@ class MllmTrainConfig(Strict):
     """Conversations per forward and backward pass of a rank; None: its whole share of the batch at once.  The loss is
     the same: the sum over all learned tokens of the batch, divided by their number."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Autocast type of the forward pass; weights and the loss are always fp32.  `auto`: bf16 where the hardware has it."""
+    """Autocast type of the forward pass; weights and the loss are always fp32.  `auto`: bf16 where the hardware
+    has it."""
     activation_checkpointing: Annotated[bool, MAY_CHANGE] = False
     """Keep no activations inside the layers and compute them again in the backward pass."""
     sharding: Annotated[Literal["ddp", "fsdp"], MAY_CHANGE] = "ddp"

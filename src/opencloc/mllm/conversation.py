@@ -127,7 +127,10 @@ def conversation_record(conversation: Conversation) -> dict[str, Any]:
 
 
 def _prompt(prompt: Any, where: str) -> RegionPrompt:
-    kind, value = next(iter(prompt.items())) if isinstance(prompt, dict) and len(prompt) == 1 else (None, None)
+    kind: str = ""
+    value: Any = None
+    if isinstance(prompt, dict) and len(prompt) == 1:
+        kind, value = next(iter(prompt.items()))
     if kind == "mask":
         return Mask(decode_rle(value, where))
     lengths = {"box": 4, "point": 2}
@@ -145,8 +148,7 @@ def decode_rle(rle: Any, where: str) -> np.ndarray:
     size, counts = (rle.get("size"), rle.get("counts")) if isinstance(rle, dict) else (None, None)
     if not isinstance(size, list) or len(size) != 2 or not all(type(s) is int and 0 < s <= 16384 for s in size):
         raise BadSample("bad mask", where, f"needs a size [height, width]: {str(size)[:60]}")
-    if isinstance(counts, str):
-        counts = _uncompressed(counts)
+    counts: Any = _uncompressed(counts) if isinstance(counts, str) else counts
     if not isinstance(counts, list) or not all(type(c) is int and c >= 0 for c in counts):
         raise BadSample("bad mask", where, "counts are whole numbers, or COCO's text of them")
     height, width = size

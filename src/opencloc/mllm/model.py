@@ -64,14 +64,14 @@ class RegionLlavaModel(LlavaModel):
 
     def get_image_features(self, pixel_values: Tensor, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As LLaVA's: `pooler_output` holds the projected tokens of each image."""
-        features = super().get_image_features(pixel_values, **options)
+        features: Any = super().get_image_features(pixel_values, **options)
         if self.patch_positions is not None:
             features.pooler_output = [tokens + self.patch_positions for tokens in features.pooler_output]
         return features
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
-        input_ids: Int[Tensor, "B T"] | None = None,
+        input_ids: Any = None,  # Int[Tensor, "B T"]
         pixel_values: Float[Tensor, "I 3 S S"] | None = None,
         inputs_embeds: Float[Tensor, "B T W"] | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
@@ -170,7 +170,8 @@ class RegionLlava(LlavaForConditionalGeneration):
         **options: Any,
     ) -> Any:
         """As LLaVA's; `generate` reads the names of the arguments off this function."""
-        return super().forward(
+        forward: Any = super().forward
+        return forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
@@ -186,7 +187,8 @@ class RegionLlava(LlavaForConditionalGeneration):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, RegionLlavaModel) and module.patch_positions is not None:
-            init.copy_(module.patch_positions, position_basis(patch_centres(module.grid), module.patch_positions.shape[1]))
+            width = module.patch_positions.shape[1]
+            init.copy_(module.patch_positions, position_basis(patch_centres(module.grid), width))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -211,7 +213,7 @@ class RegionLlava(LlavaForConditionalGeneration):
 
 
 def position_basis(xy: Float[Tensor, "*S 2"], width: int) -> Float[Tensor, "*S W"]:
-    """The Prompter's position basis of points in [0, 1], as spread as the language model's embeddings at their start."""
+    """The Prompter's position basis of points in [0, 1], as spread as other embeddings are at their start."""
     return sinusoidal(xy, width, max_cycles=MAX_CYCLES) * POSITION_STD * 2**0.5
 
 

@@ -154,7 +154,7 @@ class RegionLlavaProcessor(ProcessorMixin):
         for number, turn in enumerate(turns):
             text = self._with_prompts(turn.text.strip(), texts, pointed)
             if turn.role == "assistant":
-                answer = [*self._ids(text), *self.end_ids]
+                answer = [*self._ids(self.format.lead + text), *self.end_ids]
                 ids += answer
                 labels += answer
                 continue

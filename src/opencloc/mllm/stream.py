@@ -40,9 +40,7 @@ class ConversationExamples(TrainingExamples):
         seed: int,
         lanes: int = 16,
     ) -> None:
-        super().__init__(
-            sources, weights, num_regions=1, image_size=processor.image_size, seed=seed, lanes=lanes
-        )
+        super().__init__(sources, weights, num_regions=1, image_size=processor.image_size, seed=seed, lanes=lanes)
         self.processor = processor
         self._asked = [Asked(source, questions, max_turns) for source in sources]
 

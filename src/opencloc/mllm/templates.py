@@ -34,7 +34,9 @@ REFER = "What is {region:0}?"
 CAPTION = "Describe the image."
 NAMES_FROM = 500  # samples whose region texts say what might be there
 _ALONE = ("exists", "caption")  # kinds that share a conversation with no other
-_UNCOUNTED = frozenset("some the a an two three four five six seven eight nine ten several many his her their".split())
+_UNCOUNTED = frozenset(
+    ("some", "the", "a", "an", "two", "three", "four", "five", "six", "several", "many", "his", "her", "their")
+)
 
 
 def refer(number: int = 0) -> str:
@@ -82,7 +84,7 @@ class Questions:
 
     def __call__(self, sample: Sample, rng: random.Random) -> Conversation:
         """The conversation.  Raises `BadSample` for a sample of which nothing can be asked."""
-        wanted = self.kinds
+        wanted: tuple[Kind, ...] = self.kinds
         if not sample.captions:
             wanted = tuple(kind for kind in wanted if kind != "caption")
         if not len(sample.boxes):
@@ -97,7 +99,7 @@ class Questions:
         elif first == "exists":
             turns += self._exists(sample, rng)
         else:
-            mixed = [kind for kind in wanted if kind not in _ALONE]
+            mixed: list[Kind] = [kind for kind in wanted if kind not in _ALONE]
             self._regions(sample, rng, mixed, turns, prompts)
         if not turns:
             raise BadSample("nothing to ask about", sample.key, f"no {first} question can be made")

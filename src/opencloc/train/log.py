@@ -72,9 +72,7 @@ class RunLog:
         parts = [f"{name} {record[name]:.3f}" for name in ("image_text", "region_text", "grounding") if name in record]
         self.meter.note = f"{record['images_per_s']:,.0f} images/s, loss {record['total']:.3f} ({', '.join(parts)})"
 
-    def write_values(
-        self, step: int, values: dict[str, float], *, lr: float, skipped: Counter[str]
-    ) -> dict[str, Any]:
+    def write_values(self, step: int, values: dict[str, float], *, lr: float, skipped: Counter[str]) -> dict[str, Any]:
         """Writes the record of a step with these values; the record, which is empty on quiet ranks."""
         if self.quiet:
             return {}
