@@ -250,3 +250,12 @@ def test_study_trains_on_labels_that_it_made_and_study_report_shows_the_result(
     assert "VESL: phrases of captions" in (out / "table.md").read_text()
     assert (out / "curves.png").exists()
     assert (out / "examples.png").exists()
+
+
+def test_mllm_is_compared_with_plain_llava_of_the_same_size(run: Run) -> None:
+    small = ["--layers", 1, "--tower-layers", 2, "--width", 64, "--image-px", 32, "--new-tokens", 3]
+    out = run("mllm", "--rounds", 1, "--batch", 2, "--device", "cpu", *small)
+    rates = json.loads((out / "figures.json").read_text())["rates"]
+    assert set(rates) == {"plain", "no regions", "roi", "points", "prompter"}
+    assert rates["plain"]["train, time against plain"] == rates["plain"]["generate, time against plain"] == 1
+    assert "| no regions |" in (out / "README.md").read_text()
