@@ -63,7 +63,7 @@ TUNED = ("cross", "roi", "clip_crops")
 LEARNING_RATES = (7.5e-4, 1.5e-3, 3e-3)
 TUNING_SEED = 100
 COSTED = ("clip", "clip_crops", "roi", "encoder", "cross")
-COST_STEPS = (10, 40)  # the difference of two trainings leaves out what the start costs
+COST_STEPS = (20, 60)  # the difference of two trainings leaves out what the start costs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +182,7 @@ def tuning() -> list[Variant]:
 
 def run(variant: Variant, seed: int, out: Path, steps: int, device: str) -> None:
     """Trains and scores one variant with one seed, leaving result.json in its folder."""
-    from opencloc.eval.encoders import load_encoder
+    from opencloc.eval.encoders import RegionWay, load_encoder
     from opencloc.train.checkpoint import list_checkpoints
     from opencloc.train.loop import train
 
@@ -190,7 +190,7 @@ def run(variant: Variant, seed: int, out: Path, steps: int, device: str) -> None
     config = configuration(variant, seed, out, steps, device)
     train(config)
     is_clip = config.loss.region_weight == 0
-    ways = ("crop", "maskclip", "pool", "roi") if is_clip else ("prompter",)
+    ways: tuple[RegionWay, ...] = ("crop", "maskclip", "pool", "roi") if is_clip else ("prompter",)
     curve = []
     for checkpoint in list_checkpoints(folder / "checkpoints"):
         scores = score(load_encoder(checkpoint, ways[0], device=device), variant.world, "seen", NUM_IMAGES_ON_THE_WAY)
@@ -295,30 +295,35 @@ def read_costs(out: Path) -> dict[str, float]:
 
 
 def measure_costs(out: Path, repeats: int = 3) -> None:
-    """Writes costs.json: the median of what a step of each of `COSTED` takes, measured in turns."""
+    """Writes costs.json: the median of what a step of each of `COSTED` takes, all of them running side by side."""
     found: dict[str, list[float]] = {name: [] for name in COSTED}
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for repeat in range(repeats):
-        for name in COSTED:
-            print(f"cost of a step: {name}, {repeat + 1} of {repeats}", flush=True)
-            few, many = (
-                float(subprocess.check_output([*program("--cost", name, str(steps))], env=environment, text=True))
-                for steps in COST_STEPS
-            )
-            found[name].append((many - few) / (COST_STEPS[1] - COST_STEPS[0]))
+        print(f"costs of a step: {repeat + 1} of {repeats}", flush=True)
+        running = {
+            name: subprocess.Popen(program("--cost", name), env=environment, stdout=subprocess.PIPE, text=True)
+            for name in COSTED
+        }
+        for name, process in running.items():
+            output, _ = process.communicate()
+            check(process.returncode)
+            found[name].append(float(output.split()[-1]))
     files.write_json(out / "costs.json", {name: statistics.median(values) for name, values in found.items()})
 
 
-def cost(variant: Variant, steps: int) -> float:
-    """CPU seconds of a training of so many steps, loader processes included."""
+def cost(variant: Variant) -> float:
+    """CPU seconds of a step, loader processes included, from the difference of two trainings."""
     from opencloc.train.loop import train
 
-    base = dataclasses.replace(variant, fields={"optim.lr": 1e-3} | dict(variant.fields))
-    with tempfile.TemporaryDirectory() as folder:
-        config = configuration(base, 0, Path(folder), STEPS)
-        before = cpu_seconds()
-        train(dataclasses.replace(config, steps=steps, checkpoint_every=0))
-        return cpu_seconds() - before
+    spent = []
+    for steps in COST_STEPS:
+        with tempfile.TemporaryDirectory() as folder:
+            fields = {"optim.lr": 1e-3} | dict(variant.fields)
+            config = configuration(dataclasses.replace(variant, fields=fields), 0, Path(folder), STEPS)
+            before = cpu_seconds()
+            train(dataclasses.replace(config, steps=steps, checkpoint_every=10_000))
+            spent.append(cpu_seconds() - before)
+    return (spent[1] - spent[0]) / (COST_STEPS[1] - COST_STEPS[0])
 
 
 def cpu_seconds() -> float:
@@ -364,7 +369,7 @@ def program(*arguments: str) -> list[str]:
 
 
 def waves(chosen: list[Variant], seeds: list[int]) -> Iterator[tuple[Variant, int]]:
-    """All runs: those that choose learning rates first, then seed by seed, so that a study cut short has whole seeds."""
+    """All runs: those that choose learning rates, then seed by seed, so that a study cut short has whole seeds."""
     wanted = {name for variant in chosen for name, seed in variant.needs(0) if seed == TUNING_SEED}
     yield from ((variant, TUNING_SEED) for variant in tuning() if variant.name in wanted)
     for seed in seeds:
@@ -425,14 +430,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--costs", action="store_true", help="only measure the costs of a step, anew")
     parser.add_argument("--run", nargs=2, metavar=("VARIANT", "SEED"), help="do this one run, in this process")
-    parser.add_argument("--cost", nargs=2, metavar=("VARIANT", "STEPS"), help="print the CPU seconds of a training")
+    parser.add_argument("--cost", metavar="VARIANT", help="print the CPU seconds of its step")
     arguments = parser.parse_args()
     known = {variant.name: variant for variant in [*variants(), *tuning()]}
-    for name in [*(arguments.only or []), *(arguments.run or [])[:1], *(arguments.cost or [])[:1]]:
+    for name in [*(arguments.only or []), *(arguments.run or [])[:1], *([arguments.cost] if arguments.cost else [])]:
         if name not in known:
             parser.error(f"unknown variant {name!r}; there are: {', '.join(known)}")
     if arguments.cost:
-        print(cost(known[arguments.cost[0]], int(arguments.cost[1])))
+        print(cost(known[arguments.cost]))
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.costs:
