@@ -1,14 +1,14 @@
 """What a run will take, from formulas, before a GPU is rented: parameters, arithmetic, memory and step time.
 
-    python -m benchmarks.estimate                  # the table of docs/guides/scale.md
+    python -m benchmarks.estimate                  # the tables of docs/guides/scale.md
     python -m benchmarks.estimate --gpus 16 --memory-gb 40 --tflops 150
 
 Tests compare the formulas with small models: parameters exactly, arithmetic with torch's counter, activations with what
 autograd keeps.  The formulas hold for CLIP towers with the default Prompter and box head.  The speed of a GPU is an
 input, not a finding: `--tflops` is what it reaches in the towers, some 40 % of an H100's 989 in bf16.
 
-Left out, all small: the Prompter's arithmetic (under 1 % of a tower's), norms, the optimizer's step, and communication
-that overlaps with computation.  Data loading must keep up by itself.
+Left out, all small: the Prompter's arithmetic (under 1 % of a tower's), norms, AdamW, and communication that overlaps
+with computation.  What Muon adds has a table of its own.  Data loading must keep up by itself.
 
 Symbols: B images of the batch over all GPUs, M regions per image, R = B * M, W GPUs, N patches, D and E widths of the
 vision tower and of the joint embedding.
@@ -17,9 +17,11 @@ vision tower and of the joint embedding.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import ceil
 
 from opencloc.config import ModelConfig, TrainConfig
 from opencloc.contrastive import DEVICE_TILE
+from opencloc.presets import vit_b16, vit_h14_336, vit_l14_336
 
 CAPTION_TOKENS = 47  # published captions have 36 to 45 (table 7 there), start and end come on top
 REGION_TEXT_TOKENS = 4  # published region texts have 2.1, likewise
@@ -94,11 +96,11 @@ def num_parameters(model: ModelConfig) -> int:
     patches = (model.image_size // model.patch_size) ** 2
     vision = model.vision_layers * layer_parameters(d) + d * (3 * model.patch_size**2 + 1 + patches + 1 + 4 + e)
     text = model.text_layers * layer_parameters(w) + w * (model.vocab_size + model.text_length + 2 + e)
-    prompts = 4 * d + e * d + d
+    prompts = 3 * d
     slopes = model.prompter_heads if model.prior_slope is not None else 0
     prompter = 4 * (d * d + d) + 8 * d * d + 5 * d + 4 * 2 * d + slopes + d * e
-    box_head = e * d + d + 2 * (d * d + d) + (e + d) * d + d + 4 * d + 4
-    return vision + text + prompts + prompter + box_head + 2  # two logit scales
+    box_head = d * d + d + 4 * d + 4
+    return vision + text + prompts + prompter + box_head + 3  # three logit scales
 
 
 def forward_flops(config: TrainConfig) -> float:
@@ -156,14 +158,22 @@ def loss_memory(config: TrainConfig, gpus: int) -> float:
     return 4 * (config.model.embed_dim * (2 * rows + 4 * own) + TILES_AT_ONCE * tile)
 
 
+def muon_flops(model: ModelConfig, ranks: int = 1) -> float:
+    """Of the orthogonalization of the layers' matrices, once per step whatever the batch, on the busiest of `ranks`.
+
+    An iteration takes 4 m^2 n + 2 m^3 for an m x n matrix, m <= n, and there are five.  A layer has four matrices D x D
+    (30 D^3 each), one 4 D x D and one D x 4 D (90 D^3).  Ranks share those of a shape, matrix by matrix.
+    """
+    towers = (model.vision_layers, model.vision_width), (model.text_layers, model.text_width)
+    return sum((30 * ceil(4 * layers / ranks) + 180 * ceil(layers / ranks)) * width**3 for layers, width in towers)
+
+
 def _num_regions(config: TrainConfig) -> int:
     return config.data.num_regions if config.loss.region_weight else 0
 
 
 def table(gpus: list[int], memory_gb: float, tflops: float) -> str:
     """The published models at the published batch, as Markdown."""
-    from opencloc.presets import vit_b16, vit_h14_336, vit_l14_336
-
     lines = [
         "| model | parameters | GPUs | sharding | weights, moments | activations / image | losses | images at once "
         "| GPU memory | s / step | days |",
@@ -191,6 +201,17 @@ def table(gpus: list[int], memory_gb: float, tflops: float) -> str:
     return "\n".join(lines)
 
 
+def muon_table(gpus: list[int], tflops: float) -> str:
+    """What Muon adds to a step where every GPU does all of it and where each does its share, as Markdown."""
+    lines = ["| model | Muon | GPUs | of the step, ddp | of the step, fsdp |", "|---|---:|---:|---:|---:|"]
+    for name, preset in (("B/16 224", vit_b16()), ("L/14 336", vit_l14_336()), ("H/14 336", vit_h14_336())):
+        for count in gpus:
+            step = estimate(replace(preset, sharding="fsdp"), gpus=count, tflops=tflops).seconds * tflops * 1e12
+            shares = (f"{100 * muon_flops(preset.model, ranks) / step:.2f} %" for ranks in (1, count))
+            lines.append(f"| {name} | {muon_flops(preset.model) / 1e12:.1f} TFLOP | {count:,} | {' | '.join(shares)} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     import argparse
 
@@ -200,3 +221,4 @@ if __name__ == "__main__":
     parser.add_argument("--tflops", type=float, default=400.0)
     args = parser.parse_args()
     print(table(args.gpus, args.memory_gb, args.tflops))
+    print(f"\n{muon_table(args.gpus, args.tflops)}")

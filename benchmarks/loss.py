@@ -115,7 +115,7 @@ def dense_loss(region: Tensor, text: Tensor, scale: Tensor, valid: Tensor, text_
     """The same loss with the whole matrix, as plain PyTorch writes it."""
     negatives = dense_negatives(text, text_hash, valid)
     logits = scale * region @ text.T
-    kept = negatives | torch.eye(len(logits), dtype=torch.bool)
+    kept = negatives | torch.eye(len(logits), dtype=torch.bool, device=logits.device)
     logits = logits.masked_fill(~kept, float("-inf"))
     positive = logits.diagonal()
     both = (logits.logsumexp(1) - positive) + (logits.logsumexp(0) - positive)

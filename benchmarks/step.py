@@ -35,7 +35,17 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import facts, save, table, take_turns, timed
-from benchmarks.step_setup import Inputs, Step, make_inputs, make_models, make_parts, make_step, make_variants
+from benchmarks.step_setup import (
+    FROZEN,
+    FULL,
+    Inputs,
+    Step,
+    make_inputs,
+    make_models,
+    make_parts,
+    make_step,
+    make_variants,
+)
 from opencloc.devices import has_native_bf16
 from opencloc.model.cloc import ClocModel
 from opencloc.model.packing import PackedTexts
@@ -164,9 +174,9 @@ def open_clip_worker(python: str, inputs: Inputs, threads: int, bf16: bool) -> I
 
 
 def ratios(times: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Each variant against the CLIP step and against open_clip's: median, least and largest over the rounds."""
+    """Each variant against the steps of CLIP, of open_clip and of CLOC: median, least and largest over the rounds."""
     found = {}
-    for base in ("CLIP", "open_clip", "CLIP, captions of 77 tokens"):
+    for base in ("CLIP", "open_clip", "CLIP, captions of 77 tokens", FULL):
         for name, rows in times.items():
             if base in times and name != base and rows:
                 values = [row["busy_s"] / other["busy_s"] for row, other in zip(rows, times[base], strict=False)]
@@ -179,9 +189,9 @@ def ratios(times: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, floa
     return found
 
 
-def matmul_peak(device: torch.device, bf16: bool) -> float:
+def matmul_peak(device: torch.device, bf16: bool, size: int | None = None) -> float:
     """FLOP/s of a large square matrix product, the best of several."""
-    size = 8192 if device.type == "cuda" else 2048
+    size = size or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32) for _ in range(2))
     return max(2 * size**3 / timed(lambda: torch.mm(a, b), device)["busy_s"] for _ in range(8))
 
@@ -243,14 +253,25 @@ def report(figures: dict[str, Any]) -> str:
         to_clip, to_open = (figures["ratios"].get(f"{name} / {base}") for base in ("CLIP", "open_clip"))
         spread = f"{to_clip['least']:.3f} to {to_clip['largest']:.3f}" if to_clip else ""
         ratio = [f"{found['median']:.3f}" if found else "" for found in (to_clip, to_open)]
-        rows.append([name, f"{busy:.2f}", f"{wall:.2f}", ratio[0], spread, ratio[1]])
+        speed = f"{figures['batch_size'] / busy:.2f}"
+        rows.append([name, f"{busy:.2f}", speed, f"{wall:.2f}", ratio[0], spread, ratio[1]])
+    frozen = figures["ratios"].get(f"{FROZEN} / {FULL}")
+    faster = (
+        []
+        if frozen is None
+        else [
+            f"With frozen towers {1 / frozen['median']:.2f} times the images per second of full training "
+            f"({1 / frozen['largest']:.2f} to {1 / frozen['least']:.2f} in {frozen['rounds']} rounds)\n"
+        ]
+    )
     counts, tokens = figures["gflop_per_image"], figures["tokens"]
     medians = {n: statistics.median(t["busy_s"] for t in times) for n, times in figures["part_seconds"].items()}
     clip, found = figures["parts"]["clip_s"], figures["profile"]
     return "\n".join(
         [
             f"{figures['hardware']}, {kinds}\n",
-            table(["step", "median s", "wall s", "/ CLIP", "least to largest", "/ open_clip"], rows),
+            table(["step", "median s", "images / s", "wall s", "/ CLIP", "least to largest", "/ open_clip"], rows),
+            *faster,
             table(
                 ["GFLOP per image", *(cell for size in counts for cell in (f"batch {size}", "/ CLIP"))],
                 [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
 from opencloc.boxes import Letterbox
-from opencloc.config import LossConfig, ModelConfig, OptimConfig
+from opencloc.config import LossConfig, LrFactors, ModelConfig, OptimConfig
 from opencloc.data.sources.spec import open_source
 from opencloc.loss import cloc_loss
 from opencloc.model import towers
@@ -23,10 +24,11 @@ from opencloc.model.cloc import ClocConfig, ClocModel, ClocOutput
 from opencloc.model.packing import PackedTexts, join
 from opencloc.model.processor import ClocProcessor, train_tokenizer
 from opencloc.train.build import tower_config
-from opencloc.train.optim import make_optimizer
+from opencloc.train.optim import make_optimizer, set_trained_parts
 from opencloc.vesl.phrases import extract_phrases
 
 TEXT_LENGTH = 77  # CLIP's
+FULL, FROZEN = "CLOC cross", "CLOC cross, towers frozen"
 Step = Callable[[], None]
 Loss = tuple[Callable[[], Tensor], nn.Module]  # (computes the loss of a batch, what is trained by it)
 
@@ -61,8 +63,8 @@ def make_inputs(
     captions = [" ".join(caption.strip() for caption in sample.captions[:4]) for sample in samples]
     tokenizer = train_tokenizer(captions, model.vocab_size, TEXT_LENGTH)
     config = tower_config(model, tokenizer)
-    config.text_config.vocab_size = model.vocab_size
     processor = ClocProcessor.for_towers(config, tokenizer)
+    config.text_config.vocab_size = model.vocab_size
     rng = np.random.default_rng(0)
     images, boxes, texts, chosen_captions = [], [], [], []
     for i in rng.permutation(len(samples)):
@@ -111,14 +113,17 @@ def make_inputs(
 
 
 def make_models(config: CLIPConfig, device: torch.device) -> tuple[dict[str, ClocModel], torch.optim.Optimizer]:
-    """A model per Prompter, all on the same towers, and one optimizer of everything."""
+    """A model per Prompter, all on the same towers; one more on frozen towers; and one optimizer of everything."""
     with device:
         clip = CLIPModel(config)
         models = {
             prompter: ClocModel(ClocConfig(clip_config=config, prompter=prompter), towers_model=clip)
             for prompter in ("cross", "encoder", "roi")
         }
-    return models, make_optimizer(nn.ModuleDict(models).train(), OptimConfig(lr=1e-6))
+        models["frozen"] = ClocModel(ClocConfig(clip_config=config), towers_model=copy.deepcopy(clip))
+    everything = nn.ModuleDict(models).train()
+    set_trained_parts(models["frozen"], LrFactors(towers=0))
+    return models, make_optimizer(everything, OptimConfig(name="adamw", lr=1e-6))
 
 
 def make_variants(models: dict[str, ClocModel], inputs: Inputs) -> tuple[dict[str, Loss], list[str]]:
@@ -146,13 +151,19 @@ def make_variants(models: dict[str, ClocModel], inputs: Inputs) -> tuple[dict[st
 
         return forward, model
 
+    def frozen() -> Tensor:
+        args = inputs.boxes, inputs.texts["packed"], inputs.text_index
+        output = models["frozen"](inputs.pixel_values, None, *args)  # frozen towers have nothing to learn from captions
+        return cloc_loss(output, inputs.boxes, inputs.valid, inputs.text_index, loss_config).total
+
     def plain() -> Tensor:
         clip_model: Any = models["cross"].clip
         return clip_model(pixel_values=inputs.pixel_values, input_ids=inputs.captions["77"], return_loss=True).loss
 
     variants = {
         "CLIP": clip("packed"),
-        "CLOC cross": cloc("cross"),
+        FULL: cloc("cross"),
+        FROZEN: (frozen, models["frozen"]),
         "CLIP, captions of 77 tokens": clip("77"),
         "CLIP, captions as long as the longest": clip("longest"),
         "CLOC encoder": cloc("encoder"),
@@ -164,7 +175,7 @@ def make_variants(models: dict[str, ClocModel], inputs: Inputs) -> tuple[dict[st
         "CLOC as published: encoder, all texts of 77 tokens": cloc("encoder", "77", "77", False),
         "transformers CLIPModel": (plain, models["cross"].clip),
     }
-    return variants, ["CLIP", "CLOC cross", "CLIP, captions of 77 tokens"]
+    return variants, ["CLIP", FULL, FROZEN, "CLIP, captions of 77 tokens"]
 
 
 def make_step(loss: Loss, optimizer: torch.optim.Optimizer, device: torch.device, bf16: bool) -> Step:

@@ -2,13 +2,17 @@
 
     python -m benchmarks.study --out runs/study                      # everything, two runs at a time; again to go on
     python -m benchmarks.study --out runs/study --only cross roi --seeds 0
+    python -m benchmarks.study --out runs/study --device cuda --at-once 12
 
 A run is a variant with a seed.  It trains (resuming where it was stopped), scores the checkpoints on the way and the
 final model, and leaves `OUT/VARIANT-SEED/result.json`, which is written last.  Runs with a result are skipped.
 `study_report.py` makes tables and pictures of the results.
 
-Every run has one thread.  Its cost is its CPU time, loader included, which does not grow when other programs compete
-for the cores.
+Learning rates are chosen by one rule: each of `TUNED` is trained with each of `LEARNING_RATES` on a seed that no table
+shows, the best region mAcc decides, and every variant takes the rate of the method that it is a form of.
+
+Costs are CPU seconds per step, one thread, loader included, which do not grow when other programs compete for the
+cores.  They are measured side by side before the runs that depend on them, whatever device those are on.
 """
 
 from __future__ import annotations
@@ -19,8 +23,10 @@ import json
 import os
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,25 +35,35 @@ from typing import Any
 
 from opencloc import files
 
-NUM_THINGS, IMAGE_PX = 30, 64
-WORLD = f"num_things={NUM_THINGS}&attributes=colour&image_px={IMAGE_PX}"  # each thing in 9 colours
+IMAGE_PX, NUM_THINGS = 64, 30
+WORLDS = {
+    "things": f"num_things={NUM_THINGS}&attributes=colour&image_px={IMAGE_PX}",  # each thing in 9 colours
+    "pairs": f"context=next_to&num_things=16&image_px={IMAGE_PX}",  # large things, told by what they stand next to
+}
 NOISE = {
     "exact": "",
     "noisy": "&box_jitter=0.1&wrong_text=0.1&missing_region=0.25",
     "very noisy": "&box_jitter=0.2&wrong_text=0.3&missing_region=0.5",
 }
 STEPS = 500
+FINE_TUNING_STEPS = 200
 POINTS = 5  # checkpoints scored on the way, the last included
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 SETS = {  # what the final models are scored on; no scene of them was trained on
     "seen": "split=train",
     "unseen combinations": "split=unseen_combinations",
     "unseen things": "split=unseen_things",
     "second style": "split=train&style=sketch",
 }
+SETS_OF = {"things": tuple(SETS), "pairs": ("seen", "unseen combinations")}
 NUM_IMAGES = 256  # of each set
 NUM_IMAGES_ON_THE_WAY = 128
 NUM_LABELLED = 6000  # scenes labelled through VESL
+TUNED = ("cross", "roi", "clip_crops")
+LEARNING_RATES = (7.5e-4, 1.5e-3, 3e-3)
+TUNING_SEED = 100
+COSTED = ("clip", "clip_crops", "roi", "encoder", "cross")
+COST_STEPS = (20, 60)  # the difference of two trainings leaves out what the start costs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,45 +73,76 @@ class Variant:
     name: str
     title: str
     group: str
+    world: str = "things"
     noise: str = "noisy"
     fields: Mapping[str, Any] = field(default_factory=dict)  # dotted fields of TrainConfig that differ from the base's
+    tuned_as: str = "cross"  # one of `TUNED`
     crops: bool = False  # also trains on the crops of the regions, as many as whole images
     labels: str | None = None  # labels made by `opencloc label` instead of the scenes' own
     start: str | None = None  # variant whose trained model (same seed) it starts from
     like: str | None = None  # variant that it is but for the number of steps: as many as the CPU time of `cross` allows
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Variants that have to have a result (same seed) first."""
-        return tuple(name for name in (self.start, self.like, self.like and "cross") if name)
+    def needs(self, seed: int) -> list[tuple[str, int]]:
+        """Runs that have to have a result first."""
+        first = (
+            [] if "optim.lr" in self.fields else [(f"{self.tuned_as}_lr{lr:g}", TUNING_SEED) for lr in LEARNING_RATES]
+        )
+        return first + ([(self.start, seed)] if self.start else [])
 
 
 def variants() -> list[Variant]:
     """All rows, in the order of the table."""
-    rows = [Variant(name="clip", title="CLIP", group="method", fields={"loss.region_weight": 0.0})]
-    clip_crops = Variant(
+    clip_only = {"loss.region_weight": 0.0}
+    clip = Variant(name="clip", title="CLIP", group="method", fields=clip_only, tuned_as="clip_crops")
+    clip_crops = dataclasses.replace(
+        clip,
         name="clip_crops",
         title="CLIP + region crops as images",
-        group="method",
-        fields={"loss.region_weight": 0.0, "batch_size": 64},
+        fields=clip_only | {"batch_size": 64},
         crops=True,
     )
-    roi = Variant(name="roi", title="CLOC, RoIAlign", group="method", fields={"model.prompter": "roi"})
+    roi = Variant(name="roi", title="CLOC, RoIAlign", group="method", fields={"model.prompter": "roi"}, tuned_as="roi")
     encoder = Variant(
         name="encoder", title="CLOC, published Prompter", group="method", fields={"model.prompter": "encoder"}
     )
+    pool = Variant(name="pool", title="CLOC, pool Prompter", group="method", fields={"model.prompter": "pool"})
     cross = Variant(name="cross", title="CLOC, cross Prompter (default)", group="method")
-    rows += [clip_crops, roi, encoder, cross]
-    rows += [
+    same_time = [
         dataclasses.replace(v, name=f"{v.name}_same_time", group="equal CPU time", like=v.name)
         for v in (clip_crops, encoder)
     ]
-    for noise, chosen in (("exact", (clip_crops, roi, encoder, cross)), ("very noisy", (roi, cross))):
+    rows = [clip, clip_crops, roi, encoder, pool, cross, *same_time]
+    crops_same_time = same_time[0]
+    for noise, chosen in (("exact", (clip_crops, crops_same_time, roi, cross)), ("very noisy", (roi, cross))):
         rows += [
             dataclasses.replace(v, name=f"{v.name}_{noise.replace(' ', '_')}", group=f"{noise} labels", noise=noise)
             for v in chosen
         ]
+    rows += [
+        dataclasses.replace(v, name=f"{v.name}_pairs", group="pairs, told by context", world="pairs")
+        for v in (clip_crops, crops_same_time, roi, cross)
+    ]
+    clip_long = dataclasses.replace(
+        clip,
+        name="clip_long",
+        title="CLIP, four times the steps",
+        group="start",
+        fields=clip_only | {"steps": 4 * STEPS},
+    )
+    rows.append(clip_long)
+    for start, title in ((clip, "CLIP"), (clip_long, "the CLIP of four times the steps")):
+        rows += [
+            Variant(
+                name=f"from_{start.name}_{prompter}",
+                title=f"{prompter} on {title}, {FINE_TUNING_STEPS} steps",
+                group="start",
+                fields={"model.prompter": prompter, "steps": FINE_TUNING_STEPS},
+                start=start.name,
+            )
+            for prompter in ("cross", "pool", "pool_cross")
+        ]
     ablations: list[tuple[str, str, dict[str, Any]]] = [
+        ("adamw", "AdamW in place of Muon", {"optim.name": "adamw", "optim.lr": 1.5e-3}),
         ("no_filter", "no conflict filter", {"loss.conflict_filter": "none"}),
         ("identical_filter", "filter of identical texts only", {"loss.conflict_filter": "identical"}),
         ("no_grounding", "no grounding loss", {"loss.grounding_weight": 0.0}),
@@ -104,49 +151,59 @@ def variants() -> list[Variant]:
         ("m1", "M = 1", {"data.num_regions": 1}),
         ("m2", "M = 2", {"data.num_regions": 2}),
         ("m8", "M = 8", {"data.num_regions": 8}),
-        ("no_prior", "no soft prior", {"model.prior_slope": None}),
+        ("no_prior", "no spatial prior", {"model.prior_slope": None}),
         ("no_shared_positions", "no shared position basis", {"model.shared_positions": False}),
     ]
     rows += [Variant(name=name, title=title, group="ablation", fields=fields) for name, title, fields in ablations]
     rows += [
         Variant(name="vesl", title="VESL: phrases of captions", group="labels", labels="nouns"),
         Variant(name="n_grams", title="n-grams of alt-texts", group="labels", labels="n-grams"),
-        Variant(name="from_clip", title="starts from the trained CLIP", group="start", start="clip"),
     ]
     return rows
+
+
+def tuning() -> list[Variant]:
+    """The runs that choose the learning rates."""
+    by_name = {variant.name: variant for variant in variants()}
+    return [
+        dataclasses.replace(
+            by_name[name],
+            name=f"{name}_lr{lr:g}",
+            group="learning rate",
+            fields=by_name[name].fields | {"optim.lr": lr},
+        )
+        for name in TUNED
+        for lr in LEARNING_RATES
+    ]
 
 
 # -- one run -----------------------------------------------------------------------------------------------------------
 
 
-def run(variant: Variant, seed: int, out: Path, steps: int) -> None:
+def run(variant: Variant, seed: int, out: Path, steps: int, device: str) -> None:
     """Trains and scores one variant with one seed, leaving result.json in its folder."""
-    from opencloc.eval.encoders import load_encoder
+    from opencloc.eval.encoders import RegionWay, load_encoder
     from opencloc.train.checkpoint import list_checkpoints
     from opencloc.train.loop import train
 
     folder = out / f"{variant.name}-{seed}"
-    if variant.like is not None:
-        own, budget = (read_result(out, name, seed) for name in (variant.like, "cross"))
-        steps = round(budget["steps"] * budget["cpu_seconds_per_step"] / own["cpu_seconds_per_step"])
-    config = configuration(variant, seed, out, steps)
-    before = cpu_seconds()
+    config = configuration(variant, seed, out, steps, device)
     train(config)
-    cost = spent(folder, cpu_seconds() - before)
     is_clip = config.loss.region_weight == 0
+    ways: tuple[RegionWay, ...] = ("crop", "maskclip", "pool", "roi") if is_clip else ("prompter",)
     curve = []
     for checkpoint in list_checkpoints(folder / "checkpoints"):
-        encoder = load_encoder(checkpoint, "crop" if is_clip else "prompter")
-        scores = score(encoder, "seen", NUM_IMAGES_ON_THE_WAY)
+        scores = score(load_encoder(checkpoint, ways[0], device=device), variant.world, "seen", NUM_IMAGES_ON_THE_WAY)
         curve.append({"step": int(checkpoint.name.removeprefix("step_")), "region_macc": scores.get("region_macc")})
-    ways = ("crop", "roi") if is_clip else ("prompter",)
-    final = {way: {name: score(load_encoder(folder / "model", way), name, NUM_IMAGES) for name in SETS} for way in ways}
+    final = {}
+    for way in ways:
+        encoder = load_encoder(folder / "model", way, device=device)
+        final[way] = {name: score(encoder, variant.world, name, NUM_IMAGES) for name in SETS_OF[variant.world]}
     result = {
         "variant": variant.name,
         "seed": seed,
-        "steps": steps,
-        "cpu_seconds_per_step": cost / steps,
-        "parameters": sum(p.numel() for p in load_encoder(folder / "model", ways[0])._model.parameters()),  # pyright: ignore[reportAttributeAccessIssue]
+        "steps": config.steps,
+        "lr": config.optim.lr,
         "curve": curve,
         "final": final,
     }
@@ -154,29 +211,39 @@ def run(variant: Variant, seed: int, out: Path, steps: int) -> None:
     shutil.rmtree(folder / "checkpoints")
 
 
-def configuration(variant: Variant, seed: int, out: Path, steps: int) -> Any:
-    """The training configuration of a run."""
+def configuration(variant: Variant, seed: int, out: Path, steps: int, device: str = "cpu") -> Any:
+    """The training configuration of a run; `steps` for `STEPS`, others in proportion."""
     from opencloc.presets import PRESETS
 
-    scenes = f"scenes:rich?{WORLD}{NOISE[variant.noise]}"
+    scenes = f"scenes:rich?{WORLDS[variant.world]}{NOISE[variant.noise]}"
     train_on = (scenes,)
     if variant.labels is not None:
         train_on = (f"shards:{out / 'labelled'}?sidecar={out / 'labels' / variant.labels / 'vesl'}",)
     if variant.crops:
         train_on = (scenes, f"crops:{scenes}?seed=0")
+    fields = dict(variant.fields)
+    own = fields.pop("steps", STEPS) * steps / STEPS
+    if variant.like is not None:
+        costs = read_costs(out)
+        own *= costs["cross"] / costs[variant.like]
+    own = round(own)
     changes: dict[str, Any] = {
         "out": str(out / f"{variant.name}-{seed}"),
         "seed": seed,
-        "steps": steps,
-        "checkpoint_every": -(-steps // POINTS),
+        "steps": own,
+        "device": device,
+        "precision": "fp32",
+        "checkpoint_every": -(-own // POINTS),
         "keep_checkpoints": POINTS,
         "data.num_regions": 4,  # the published M
         "data.train": train_on,
     }
+    if "optim.lr" not in fields:
+        changes["optim.lr"] = best_learning_rate(out, variant.tuned_as)
     if variant.start is not None:
         changes["model.init_from"] = str(out / f"{variant.start}-{seed}" / "model")
     config = PRESETS["tiny"]()
-    for name, value in (changes | dict(variant.fields)).items():
+    for name, value in (changes | fields).items():
         config = replaced(config, name.split("."), value)
     return config
 
@@ -187,7 +254,17 @@ def replaced(config: Any, path: list[str], value: Any) -> Any:
     return dataclasses.replace(config, **{first: replaced(getattr(config, first), rest, value) if rest else value})
 
 
-def score(encoder: Any, name: str, num_images: int) -> dict[str, float]:
+def best_learning_rate(out: Path, method: str) -> float:
+    """The rate with the best region mAcc of all ways to embed a region."""
+
+    def macc(lr: float) -> float:
+        final = read_result(out, f"{method}_lr{lr:g}", TUNING_SEED)["final"]
+        return max(scores["seen"]["region_macc"] for scores in final.values())
+
+    return max(LEARNING_RATES, key=macc)
+
+
+def score(encoder: Any, world: str, name: str, num_images: int) -> dict[str, float]:
     """Headline scores on one of `SETS`; the class names are all that its scenes can show, and those of training."""
     from opencloc.data.scenes.scenes import SceneConfig
     from opencloc.data.sources.spec import open_source
@@ -195,7 +272,7 @@ def score(encoder: Any, name: str, num_images: int) -> dict[str, float]:
     from opencloc.eval.run import evaluate
     from opencloc.eval.sets.source import source_set
 
-    source: Any = open_source(f"scenes:rich?{WORLD}&seed=1&{SETS[name]}")
+    source: Any = open_source(f"scenes:rich?{WORLDS[world]}&seed=1&{SETS[name]}")
     seen = dataclasses.replace(source.config, split="train")
     assert isinstance(seen, SceneConfig)
     names = sorted({*source.config.class_names(), *seen.class_names()})
@@ -209,18 +286,50 @@ def read_result(out: Path, name: str, seed: int) -> dict[str, Any]:
     return json.loads((out / f"{name}-{seed}" / "result.json").read_text())
 
 
+# -- costs -------------------------------------------------------------------------------------------------------------
+
+
+def read_costs(out: Path) -> dict[str, float]:
+    """Variant -> CPU seconds of a step."""
+    return json.loads((out / "costs.json").read_text())
+
+
+def measure_costs(out: Path, repeats: int = 3) -> None:
+    """Writes costs.json: the median of what a step of each of `COSTED` takes, all of them running side by side."""
+    found: dict[str, list[float]] = {name: [] for name in COSTED}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for repeat in range(repeats):
+        print(f"costs of a step: {repeat + 1} of {repeats}", flush=True)
+        running = {
+            name: subprocess.Popen(program("--cost", name), env=environment, stdout=subprocess.PIPE, text=True)
+            for name in COSTED
+        }
+        for name, process in running.items():
+            output, _ = process.communicate()
+            check(process.returncode)
+            found[name].append(float(output.split()[-1]))
+    files.write_json(out / "costs.json", {name: statistics.median(values) for name, values in found.items()})
+
+
+def cost(variant: Variant) -> float:
+    """CPU seconds of a step, loader processes included, from the difference of two trainings."""
+    from opencloc.train.loop import train
+
+    spent = []
+    for steps in COST_STEPS:
+        with tempfile.TemporaryDirectory() as folder:
+            fields = {"optim.lr": 1e-3} | dict(variant.fields)
+            config = configuration(dataclasses.replace(variant, fields=fields), 0, Path(folder), STEPS)
+            before = cpu_seconds()
+            train(dataclasses.replace(config, steps=steps, checkpoint_every=10_000))
+            spent.append(cpu_seconds() - before)
+    return (spent[1] - spent[0]) / (COST_STEPS[1] - COST_STEPS[0])
+
+
 def cpu_seconds() -> float:
     """CPU time of this process and of the loader processes that have ended."""
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in usage)
-
-
-def spent(folder: Path, seconds: float) -> float:
-    """CPU seconds of the training in all: a run that was interrupted adds to what it had spent before."""
-    path = folder / "cpu_seconds.json"
-    total = seconds + (json.loads(path.read_text()) if path.exists() else 0.0)
-    files.write_json(path, total)
-    return total
 
 
 # -- labels made by VESL -----------------------------------------------------------------------------------------------
@@ -254,17 +363,26 @@ def check(status: int) -> None:
 # -- all runs ----------------------------------------------------------------------------------------------------------
 
 
+def program(*arguments: str) -> list[str]:
+    """This program again, in a process of its own."""
+    return [sys.executable, "-m", "benchmarks.study", *arguments]
+
+
 def waves(chosen: list[Variant], seeds: list[int]) -> Iterator[tuple[Variant, int]]:
-    """All runs, seed by seed, so that a study cut short has whole seeds."""
+    """All runs: those that choose learning rates, then seed by seed, so that a study cut short has whole seeds."""
+    wanted = {name for variant in chosen for name, seed in variant.needs(0) if seed == TUNING_SEED}
+    yield from ((variant, TUNING_SEED) for variant in tuning() if variant.name in wanted)
     for seed in seeds:
         for variant in chosen:
             yield variant, seed
 
 
-def run_all(chosen: list[Variant], seeds: list[int], out: Path, steps: int, at_once: int) -> int:
+def run_all(chosen: list[Variant], seeds: list[int], out: Path, steps: int, at_once: int, device: str) -> int:
     """Runs every variant and seed that has no result yet, `at_once` at a time; returns how many failed."""
     todo = [(v, s) for v, s in waves(chosen, seeds) if not (out / f"{v.name}-{s}" / "result.json").exists()]
     print(f"{len(todo)} runs to do, {at_once} at a time", flush=True)
+    if any(variant.like for variant, _ in todo) and not (out / "costs.json").exists():
+        measure_costs(out)
     if any(variant.labels for variant, _ in todo):
         make_labels(out)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -275,10 +393,12 @@ def run_all(chosen: list[Variant], seeds: list[int], out: Path, steps: int, at_o
         while waiting and len(running) < at_once and (n := ready(waiting, out)) is not None:
             variant, seed = waiting.pop(n)
             name = f"{variant.name}-{seed}"
-            command = [sys.executable, "-m", "benchmarks.study", "--out", str(out), "--steps", str(steps)]
-            command += ["--run", variant.name, str(seed)]
+            command = program("--out", str(out), "--steps", str(steps), "--device", device)
             with (out / f"{name}.log").open("ab") as log:
-                running[subprocess.Popen(command, env=environment, stdout=log, stderr=log)] = name
+                process = subprocess.Popen(
+                    [*command, "--run", variant.name, str(seed)], env=environment, stdout=log, stderr=log
+                )
+                running[process] = name
         if not running:
             raise SystemExit(f"runs wait for runs that failed: {[variant.name for variant, _ in waiting]}")
         time.sleep(1)
@@ -295,7 +415,7 @@ def run_all(chosen: list[Variant], seeds: list[int], out: Path, steps: int, at_o
 def ready(waiting: list[tuple[Variant, int]], out: Path) -> int | None:
     """Number of the first run that waits for no other."""
     for n, (variant, seed) in enumerate(waiting):
-        if all((out / f"{name}-{seed}" / "result.json").exists() for name in variant.needs):
+        if all((out / f"{name}-{number}" / "result.json").exists() for name, number in variant.needs(seed)):
             return n
     return None
 
@@ -305,20 +425,31 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
     parser.add_argument("--only", nargs="+", help="names of variants; default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of most variants; the others in proportion")
     parser.add_argument("--at-once", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--costs", action="store_true", help="only measure the costs of a step, anew")
     parser.add_argument("--run", nargs=2, metavar=("VARIANT", "SEED"), help="do this one run, in this process")
+    parser.add_argument("--cost", metavar="VARIANT", help="print the CPU seconds of its step")
     arguments = parser.parse_args()
-    known = {variant.name: variant for variant in variants()}
-    for name in [*(arguments.only or []), *(arguments.run or [])[:1]]:
+    known = {variant.name: variant for variant in [*variants(), *tuning()]}
+    for name in [*(arguments.only or []), *(arguments.run or [])[:1], *([arguments.cost] if arguments.cost else [])]:
         if name not in known:
             parser.error(f"unknown variant {name!r}; there are: {', '.join(known)}")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    if arguments.run:
-        run(known[arguments.run[0]], int(arguments.run[1]), arguments.out, arguments.steps)
+    if arguments.cost:
+        print(cost(known[arguments.cost]))
         return
-    chosen = [known[name] for name in arguments.only or known]
-    sys.exit(1 if run_all(chosen, arguments.seeds, arguments.out, arguments.steps, arguments.at_once) else 0)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.costs:
+        measure_costs(arguments.out)
+        return
+    if arguments.run:
+        name, seed = arguments.run
+        run(known[name], int(seed), arguments.out, arguments.steps, arguments.device)
+        return
+    chosen = [known[name] for name in arguments.only] if arguments.only else variants()
+    failed = run_all(chosen, arguments.seeds, arguments.out, arguments.steps, arguments.at_once, arguments.device)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

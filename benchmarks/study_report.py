@@ -20,7 +20,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from benchmarks.study import NOISE, SETS, WORLD, Variant, variants
+from benchmarks.study import NOISE, SETS, WORLDS, Variant, read_costs, tuning, variants
 
 COLUMNS = (  # heading, set, score
     ("i2t R@1", "seen", "i2t_r1"),
@@ -201,7 +201,7 @@ def draw_examples(model: Path, path: Path) -> None:
     from opencloc.eval.sets.source import source_set
     from opencloc.eval.tasks import predict
 
-    source: Any = open_source(f"scenes:rich?{WORLD}&seed=1&{SETS['seen']}")
+    source: Any = open_source(f"scenes:rich?{WORLDS['things']}&seed=1&{SETS['seen']}")
     (loaded,) = load(source_set(source, "seen"), PICTURES, PICTURES, Unread(allowed=0))
     predictions = predict(load_encoder(model, "prompter"), loaded, source.config.class_names())
     figure = Figure(figsize=(3.2 * PICTURES, 6.6), layout="constrained")

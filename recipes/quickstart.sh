@@ -15,6 +15,7 @@ $opencloc train tiny --out "$out/cloc" "$@" 2> >(sed 's/^/CLOC  /' >&2)
 wait %1
 trap - INT TERM
 $opencloc eval --data "scenes:rich?num_things=120&seed=1" --num-images 256 --out "$out" --title "opencloc quickstart" \
-    --model "cloc=$out/cloc/model" "clip_crop=$out/clip/model@crop" "clip_roi=$out/clip/model@roi"
+    --model "cloc=$out/cloc/model" "clip_crop=$out/clip/model@crop" "clip_roi=$out/clip/model@roi" \
+    "clip_maskclip=$out/clip/model@maskclip" "clip_pool=$out/clip/model@pool"
 facts recipes/quickstart.sh "$@" >"$out/run.txt"
 echo "wrote $out/metrics.json and $out/report.html"

@@ -112,7 +112,7 @@ def _eval(arguments: list[str]) -> None:
         print(f"{_eval.__doc__}\n\nTasks on any source (default: all four): {', '.join(SOURCE_TASKS)}")
         print("Tasks on a public set, from its own files (docs/guides/evaluate.md):")
         for name, benchmark in BENCHMARKS.items():
-            print(f"  {name:<20} {benchmark.help}")
+            print(f"  {name:<24} {benchmark.help}")
         print()
     count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
     tasks = ["--tasks", *arguments[:count]] if count else []

@@ -71,17 +71,18 @@ class ModelConfig(Strict):
     """Folder or hub id of a tokenizer.  None: one is trained on the texts of the training data."""
     vocab_size: Annotated[int, Field(ge=300, lt=2**31), FROM_SCRATCH] = 49408
     """Most entries of a tokenizer trained on the data (256 bytes and more)."""
-    prompter: Literal["cross", "encoder", "roi", "pool"] = "cross"
+    prompter: Literal["cross", "encoder", "roi", "pool", "pool_cross"] = "cross"
     """Form of the Prompter; `encoder` is the published one, `roi` the RoIAlign baseline, `pool` the tower's own pooling
-    restricted to the region (no text prompts, no weights)."""
+    restricted to the region (no text prompts, no weights), `pool_cross` the sum of `pool` and a `cross` that starts at
+    zero."""
     prompter_heads: Count = 4
     """Attention heads of the cross Prompter."""
-    prior_slope: Annotated[float, Field(ge=-10, le=10)] | None = 1.5
-    """Initial log slope of the soft spatial prior of the cross Prompter; None: no prior."""
+    prior_slope: Annotated[float, Field(ge=-10, le=10)] | None = 0.0
+    """Initial log slope of the spatial prior of the cross Prompter; None: no prior."""
     shared_positions: bool = True
     """Patches carry the same position basis as the prompts."""
-    box_head: Literal["anchored", "mlp"] = "anchored"
-    """Box head; `mlp` is the published one."""
+    box_head: Literal["dense", "mlp"] = "dense"
+    """Box head; `mlp` is the published one, which the published Prompter always has."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention kernel of the towers: torch's fused one, or plain softmax."""
 
@@ -155,13 +156,42 @@ class LossConfig(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig(Strict):
-    """AdamW with warm-up and cosine decay (paper section 4.1)."""
+class LrFactors(Strict):
+    """Factor of `optim.lr` for each part.  0 freezes a part: it stays as it is and costs no backward pass, no gradients
+    and no optimizer state."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """`muon`: AdamW for all but the matrices of the transformer layers, which take orthogonalized steps."""
+    towers: NotNegative = 1.0
+    """Both towers, with their projections and their temperature."""
+    vision: NotNegative = 1.0
+    """The vision tower, on top of `towers`."""
+    text: NotNegative = 1.0
+    """The text tower, on top of `towers`."""
+    prompter: NotNegative = 1.0
+    """The Prompter, its prompts and the temperature of regions."""
+    heads: NotNegative = 1.0
+    """The box head."""
+
+    @property
+    def vision_tower(self) -> float:
+        """What the vision tower has in the end."""
+        return self.towers * self.vision
+
+    @property
+    def text_tower(self) -> float:
+        """What the text tower has in the end."""
+        return self.towers * self.text
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(Strict):
+    """The optimizer, with warm-up and cosine decay (paper section 4.1)."""
+
+    name: Literal["muon", "adamw"] = "muon"
+    """`adamw` is the published one.  `muon`: AdamW for all but the matrices of the towers' layers, which take
+    orthogonalized steps as long as AdamW's, at the same learning rate."""
     lr: Positive = 5e-4
     """Peak learning rate."""
+    lr_factors: LrFactors = field(default_factory=LrFactors)
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.98
     eps: Positive = 1e-6
@@ -213,12 +243,22 @@ class TrainConfig(Strict):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.optim.name == "muon" and self.sharding == "fsdp":
-            raise ValueError("optim.name must be adamw where sharding is fsdp: muon needs whole matrices")
+        self._check_frozen_parts()
         if self.batch_size % (self.micro_batch_size or 1):
             raise ValueError(
                 f"micro_batch_size must be a divisor of batch_size ({self.batch_size}), got {self.micro_batch_size}"
             )
+
+    def _check_frozen_parts(self) -> None:
+        """Raises ValueError where nothing would learn, or something frozen would be random."""
+        factors = self.optim.lr_factors
+        towers = {"vision": factors.vision_tower, "text": factors.text_tower}
+        regions = {"prompter": factors.prompter, "heads": factors.heads} if self.loss.region_weight else {}
+        if not any((towers | regions).values()):
+            raise ValueError(f"nothing would be trained: optim.lr_factors is 0 for {', '.join(towers | regions)}")
+        for tower in (name for name, factor in towers.items() if factor == 0):
+            if self.model.init_from is None:
+                raise ValueError(f"optim.lr_factors freezes the {tower} tower, which is random without model.init_from")
 
 
 def changed_fields(old: Config, new: Config, *, only: str | None = None, but: str | None = None) -> dict[str, str]:

@@ -203,7 +203,7 @@ class _InfoNce(torch.autograd.Function):
                 left_out += out.sum()
         column_sums = sum_log_ranks(column_sums, mode.group)
 
-        count = key.new_tensor(len(key)) if valid is None else valid.sum().to(dtype)
+        count = key.new_full((), len(key)) if valid is None else valid.sum().to(dtype)
         weight = (torch.ones_like(column_sums) if valid is None else valid.to(dtype)) / (2 * count.clamp_min(1))
         mine = slice(scores.first, scores.first + len(query))
         loss = ((row_sums + column_sums[mine] - 2 * positive) * weight[mine]).sum()

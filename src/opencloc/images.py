@@ -231,6 +231,15 @@ def _whole_pixels(low: float, high: float, size_px: int) -> tuple[int, int]:
     return first, min(max(round(high * size_px), first + 1), size_px)
 
 
+def mask_square(mask: np.ndarray) -> np.ndarray:
+    """A mask (H, W) in the letterbox's square, in its own resolution: (S, S) float32 with S the longer side."""
+    (height, width), side = mask.shape, max(mask.shape)
+    top, left = (side - height) // 2, (side - width) // 2
+    square = np.zeros((side, side), np.float32)
+    square[top : top + height, left : left + width] = mask
+    return square
+
+
 def letterbox_array(image: Image.Image, size_px: int) -> np.ndarray:
     """The image resized (bicubic, antialiased) into a square (size_px, size_px, 3) of uint8, padded with CLIP's mean.
 

@@ -36,7 +36,7 @@ class ClocLoss:
     """The parts of the loss, all scalars.  Parts that were not computed are None."""
 
     total: Float[Tensor, ""]
-    image_text: Float[Tensor, ""]
+    image_text: Float[Tensor, ""] | None = None
     region_text: Float[Tensor, ""] | None = None
     grounding: Float[Tensor, ""] | None = None
     region_share: Float[Tensor, ""] | None = None  # images that have region texts / B
@@ -52,8 +52,13 @@ def cloc_loss(
     group: Group = None,
 ) -> ClocLoss:
     """The whole loss of one batch.  `text_hash` identifies a region text (equal hash = same text)."""
-    image_text = image_text_loss(output.image, output.caption, output.logit_scale, group)
+    image_text = None
+    if output.caption is not None:
+        assert output.image is not None
+        assert output.logit_scale is not None
+        image_text = image_text_loss(output.image, output.caption, output.logit_scale, group)
     if output.region is None or config.region_weight == 0:
+        assert image_text is not None
         return ClocLoss(total=image_text, image_text=image_text)
     assert output.region_text is not None
     assert output.region_logit_scale is not None
@@ -66,7 +71,7 @@ def cloc_loss(
         grounding = grounding_loss(output.ground_boxes, boxes, valid, form=config.grounding, group=group)
         region_part = region_text + config.grounding_weight * grounding
     return ClocLoss(
-        total=image_text + config.region_weight * region_share * region_part,
+        total=(0 if image_text is None else image_text) + config.region_weight * region_share * region_part,
         image_text=image_text,
         region_text=region_text,
         grounding=grounding,

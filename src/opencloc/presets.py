@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opencloc.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from opencloc.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 
 
 def tiny() -> TrainConfig:
@@ -23,8 +23,7 @@ def tiny() -> TrainConfig:
             vocab_size=2048,
         ),
         data=DataConfig(train=("scenes:rich?num_things=120",), num_regions=5),  # every object of a scene
-        loss=LossConfig(grounding_weight=2.0),
-        optim=OptimConfig(lr=1.5e-3, warmup_steps=50, weight_decay=0.1),
+        optim=OptimConfig(name="muon", lr=1.5e-3, warmup_steps=50, weight_decay=0.1),
         steps=850,
         batch_size=32,
         checkpoint_every=200,
@@ -59,7 +58,7 @@ def small() -> TrainConfig:
 
 def vit_b16() -> TrainConfig:
     """ViT-B/16 at 224 px with the published constants (paper section 4.1)."""
-    return TrainConfig(out="runs/vit_b16")
+    return TrainConfig(out="runs/vit_b16", optim=OptimConfig(name="adamw"))
 
 
 def vit_l14_336() -> TrainConfig:
@@ -76,6 +75,7 @@ def vit_l14_336() -> TrainConfig:
             text_heads=12,
             embed_dim=768,
         ),
+        optim=OptimConfig(name="adamw"),
     )
 
 
@@ -94,6 +94,7 @@ def vit_h14_336() -> TrainConfig:
             text_heads=16,
             embed_dim=1024,
         ),
+        optim=OptimConfig(name="adamw"),
     )
 
 

@@ -17,6 +17,7 @@ from opencloc.loss import cloc_loss, image_text_loss, region_text_loss
 from opencloc.model.cloc import ClocConfig, ClocModel, ClocOutput
 from opencloc.presets import vit_b16
 from opencloc.train.build import tower_config
+from opencloc.train.muon import orthogonalize
 
 IMAGES, REGIONS = 4, 2
 SMALL = ModelConfig(
@@ -168,3 +169,14 @@ def test_a_smaller_gpu_gets_a_smaller_micro_batch_and_sharding_frees_memory() ->
 def test_the_guide_holds_the_table_that_the_formulas_give() -> None:
     guide = (Path(__file__).parents[2] / "docs" / "guides" / "scale.md").read_text()
     assert estimate.table([8, 64, 512], 80.0, 400.0) in guide
+    assert estimate.muon_table([8, 64, 512], 400.0) in guide
+
+
+def test_arithmetic_of_muon_is_exact() -> None:
+    """In the form that GPUs run, in bfloat16."""
+    layers = [*build().clip.vision_model.encoder.layers, *build().clip.text_model.encoder.layers]
+    with FlopCounterMode(display=False) as counter:
+        for layer in layers:
+            for matrix in (parameter for parameter in layer.parameters() if parameter.ndim == 2):
+                orthogonalize(matrix.detach().bfloat16()[None])
+    assert estimate.muon_flops(SMALL) == counter.get_total_flops()

@@ -73,8 +73,11 @@ def test_step(run: Run, photos: Path) -> None:
     assert figures["command"].startswith("python -m benchmarks.step --data ")
     assert all(len(times) == 1 for times in figures["seconds"].values())
     gflop = figures["gflop_per_image"]["2"]
+    assert gflop["CLOC cross, towers frozen"] < 0.5 * gflop["CLOC cross"]
     assert gflop["CLIP"] < gflop["CLOC cross"] < gflop["CLOC as published: encoder, all texts of 77 tokens"]
-    assert "| CLOC cross |" in (out / "tables.md").read_text()
+    tables = (out / "tables.md").read_text()
+    assert "| CLOC cross |" in tables
+    assert "times the images per second of full training" in tables
 
 
 def test_no_tower_runs_when_the_prompter_and_the_box_head_are_timed(photos: Path) -> None:

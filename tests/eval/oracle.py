@@ -27,7 +27,7 @@ class Oracle:
     """
 
     def __init__(self, knows: dict[Any, str], finds: Mapping[str, Sequence[float]] | None = None) -> None:
-        self.name, self.device = "oracle", torch.device("cpu")
+        self.name, self.device, self.takes_masks = "oracle", torch.device("cpu"), False
         self.knows = knows
         self.finds = None if finds is None else {canonical(text): list(box) for text, box in finds.items()}
         self.encoded: Counter[Any] = Counter()
@@ -58,6 +58,21 @@ class Oracle:
         for colour, rows in zip(encoded.state, boxes, strict=True):
             assert np.isfinite(rows).all()
             said = [self.knows[colour, tuple(np.round(box, 3).tolist())] for box in rows.astype(np.float64)]
+            regions.append(torch.stack([self.vector(text) for text in said]) if said else torch.zeros(0, WIDTH))
+        return regions
+
+    def encode_masks(self, encoded: EncodedImages, masks: Sequence[Sequence[np.ndarray]]) -> list[Tensor] | None:
+        """What is known of the mask's extent, with "mask" before it."""
+        if not self.takes_masks:
+            return None
+        regions = []
+        for colour, of_image in zip(encoded.state, masks, strict=True):
+            said = []
+            for mask in of_image:
+                y, x = np.nonzero(mask)
+                box = (x.min() / mask.shape[1], y.min() / mask.shape[0])
+                box += ((x.max() + 1) / mask.shape[1], (y.max() + 1) / mask.shape[0])
+                said.append(self.knows[colour, "mask", tuple(np.round(box, 3).tolist())])
             regions.append(torch.stack([self.vector(text) for text in said]) if said else torch.zeros(0, WIDTH))
         return regions
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
@@ -61,6 +62,89 @@ def write_coco(root: Path) -> None:
     texts = [(139, f"Caption {i} of the first.") for i in range(6)] + [(285, "A green photo."), (632, " ")]
     captions = [{"id": i, "image_id": image, "caption": text} for i, (image, text) in enumerate(texts)]
     write_json(root / "annotations/captions_val2017.json", {"images": images, "annotations": captions})
+
+
+def write_panoptic(root: Path) -> None:
+    """panoptic_val2017.json of two photos: a person before a wall and a floor, a crowd on grass; PNGs of segments."""
+    images = []
+    annotations = []
+    segments = {  # colour -> (segment id, category, box in pixels, crowd)
+        "red": [
+            (7, 1, (10, 5, 20, 10), 0),
+            (256 * 3 + 1, 199, (0, 0, 40, 10), 0),
+            (65536 * 2 + 5, 190, (0, 10, 40, 10), 0),
+        ],
+        "green": [(9, 1, (0, 0, 40, 10), 1), (300, 193, (0, 10, 40, 10), 0), (301, 199, (0, 0, 3, 3), 0)],
+    }
+    for number, (colour, drawn) in enumerate(segments.items(), start=1):
+        photo(root / f"val2017/{number:012}.jpg", colour)
+        images.append(coco_image(number, f"{number:012}.jpg"))
+        ids = np.zeros((HEIGHT, WIDTH), dtype=np.int64)
+        for one, _, (x, y, w, h), _ in reversed(drawn if number == 1 else drawn[:2]):  # the last of green has no pixel
+            ids[y : y + h, x : x + w] = one
+        png = np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)
+        (root / "annotations/panoptic_val2017").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(png).save(root / f"annotations/panoptic_val2017/{number:012}.png")
+        infos = [
+            {"id": one, "category_id": category, "bbox": list(box), "area": 1, "iscrowd": crowd}
+            for one, category, box, crowd in drawn
+        ]
+        annotations.append({"image_id": number, "file_name": f"{number:012}.png", "segments_info": infos})
+    categories = [
+        {"id": one, "name": name, "isthing": int(one < 92), "supercategory": "x"}
+        for one, name in ((1, "person"), (190, "floor-other-merged"), (193, "grass-merged"), (199, "wall-brick"))
+    ]
+    content = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+    write_json(root / "annotations/panoptic_val2017.json", content)
+
+
+def write_open_images(root: Path) -> None:
+    """validation-annotations-bbox.csv of two photos, one box of a group, and the classes' descriptions."""
+    for name, colour in (("0001eeaf4aed83f9", "red"), ("0004886b7d043cfd", "green")):
+        photo(root / f"validation/{name}.jpg", colour)
+    heading = (
+        "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
+    )
+    rows = [
+        "0001eeaf4aed83f9,xclick,/m/0cmf2,1,0,0.5,0.25,0.75,0,0,0,0,0",
+        "0001eeaf4aed83f9,xclick,/m/01g317,1,0.5,1,0,1,0,0,1,0,0",
+        "0004886b7d043cfd,xclick,/m/01g317,1,0.1,0.9,0,1,1,1,0,1,1",
+    ]
+    (root / "validation-annotations-bbox.csv").write_text("\n".join([heading, *rows]) + "\n")
+    names = '/m/0cmf2,Airplane\n/m/01g317,Person\n/m/0l3ms,"Balloon, hot air"\n'
+    (root / "class-descriptions-boxable.csv").write_text(names)
+
+
+def write_sugarcrepe(root: Path) -> None:
+    """The seven files, with two pairs in the first and one in each other; photos of val2017."""
+    for number, colour in ((1, "red"), (2, "green")):
+        photo(root / f"val2017/{number:012}.jpg", colour)
+    kinds = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
+    for i, kind in enumerate(kinds):
+        numbers = (1, 2) if i == 0 else (1 + i % 2,)
+        pairs = {
+            str(7 * n): {
+                "filename": f"{n:012}.jpg",
+                "caption": f"{kind} of {n}",
+                "negative_caption": f"{kind}, not {n}",
+            }
+            for n in numbers
+        }
+        write_json(root / f"data/{kind}.json", pairs)
+
+
+def write_vsr(root: Path) -> None:
+    """random/test.jsonl: two true and two false statements about two photos."""
+    rows = []
+    for number, colour in ((1, "red"), (2, "green")):
+        photo(root / f"images/{number:012}.jpg", colour)
+        for label, relation in ((1, "on"), (0, "under")):
+            caption = f"The cat is {relation} the mat of {number}."
+            more = {"image_link": "http://images.cocodataset.org/x", "relation": relation, "annotator_id": 5}
+            votes = {"vote_true_validator_id": [2, 6], "vote_false_validator_id": []}
+            rows.append({"image": f"{number:012}.jpg", "caption": caption, "label": label} | more | votes)
+    (root / "data/splits/random").mkdir(parents=True)
+    (root / "data/splits/random/test.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
 
 
 def write_lvis(root: Path) -> None:

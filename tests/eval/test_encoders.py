@@ -18,15 +18,19 @@ from torch.nn import functional as F
 from transformers import AutoModel, CLIPImageProcessor
 
 from opencloc.eval.encoders import (
+    ENCODERS,
     ClocEncoder,
     CropEncoder,
     Encoder,
+    MaskClipEncoder,
     RoiEncoder,
     centre_square,
+    coverage,
     load_encoder,
     natural_way,
 )
 from opencloc.images import crop
+from opencloc.model import towers
 from opencloc.model.cloc import ClocConfig, ClocModel, ImageFeatures
 from opencloc.model.processor import ClocProcessor
 
@@ -81,6 +85,7 @@ class ColourOracle(ClocModel):
     """
 
     has_text_prompts = True  # pyright: ignore[reportAssignmentType]
+    clip = None
 
     def __init__(self) -> None:
         torch.nn.Module.__init__(self)
@@ -92,7 +97,8 @@ class ColourOracle(ClocModel):
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
         colour = F.normalize(pixels.flatten(2).mean(2), dim=-1)
         grid = (pixels.shape[2], pixels.shape[3])
-        return ImageFeatures(embedding=colour, tokens=pixels.flatten(2).transpose(1, 2), grid=grid)
+        tokens = pixels.flatten(2).transpose(1, 2)
+        return ImageFeatures(embedding=colour, tokens=tokens, grid=grid, pool_input=tokens)
 
     def dense_embedding(self, features: ImageFeatures) -> Tensor:
         return features.tokens
@@ -101,6 +107,10 @@ class ColourOracle(ClocModel):
         side = features.grid[0]
         regions = []
         for pixels, rows in zip(features.tokens.unflatten(1, features.grid), prompts, strict=True):
+            if isinstance(rows, list):
+                masks = [F.interpolate(one.mask[None, None], features.grid)[0, 0, :, :, None] for one in rows]
+                regions.append(torch.stack([(pixels * mask).sum((0, 1)) for mask in masks]))
+                continue
             inner = (rows * side + torch.tensor([1.0, 1.0, -1.0, -1.0])).round().int().tolist()  # away from the edges
             regions.append(torch.stack([pixels[y0:y1, x0:x1].mean((0, 1)) for x0, y0, x1, y1 in inner]))
         return [F.normalize(r, dim=-1) for r in regions]
@@ -116,13 +126,14 @@ class ColourOracle(ClocModel):
         return found
 
 
-@pytest.fixture(scope="module")
-def oracle(tokenizer: Any) -> tuple[Any, ClocProcessor]:
+@pytest.fixture
+def oracle(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ClocProcessor]:
+    monkeypatch.setattr(towers, "patch_embeddings", lambda _clip, tokens: tokens)
     # Pixels stay in [0, 1].
     return ColourOracle(), ClocProcessor(tokenizer, image_size=240, image_mean=(0, 0, 0), image_std=(1, 1, 1))
 
 
-@pytest.mark.parametrize("way", [ClocEncoder, CropEncoder, RoiEncoder])
+@pytest.mark.parametrize("way", [ClocEncoder, CropEncoder, RoiEncoder, MaskClipEncoder])
 def test_a_box_reaches_its_pixels_whatever_the_shape_of_the_image(way: type, oracle: tuple[Any, ClocProcessor]) -> None:
     encoder: Encoder = way(*oracle, name="oracle")
     images, boxes = zip(*(picture(size, boxes_in(size)) for size in SIZES), strict=True)
@@ -145,7 +156,21 @@ def test_a_grounded_box_comes_back_in_the_frame_of_the_image(oracle: tuple[Any, 
     assert found[2].shape == (0, 4)
 
 
-@pytest.mark.parametrize("way", [ClocEncoder, RoiEncoder])
+@pytest.mark.parametrize("view", ["letterbox", "squash"])
+@pytest.mark.parametrize("way", [ClocEncoder, MaskClipEncoder])
+def test_a_mask_reaches_its_pixels_whatever_the_shape_of_the_image(
+    way: type, view: str, oracle: tuple[Any, ClocProcessor]
+) -> None:
+    encoder: Encoder = way(*oracle, name="oracle", view=view)
+    images, _ = zip(*(picture(size, boxes_in(size)) for size in SIZES), strict=True)
+    masks = [[np.asarray(image)[:, :, i] > 0 for i in range(3)] for image in images]
+    found = encoder.encode_masks(encoder.encode_images(images), masks)
+    assert found is not None
+    for regions in found:
+        torch.testing.assert_close(F.normalize(regions, dim=1), torch.eye(3), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("way", [ClocEncoder, RoiEncoder, MaskClipEncoder])
 def test_a_box_reaches_its_pixels_in_a_squashed_image(way: type, oracle: tuple[Any, ClocProcessor]) -> None:
     encoder: Encoder = way(*oracle, name="oracle", view="squash")
     images, boxes = zip(*(picture(size, boxes_in(size)) for size in SIZES), strict=True)
@@ -192,26 +217,64 @@ def test_a_region_by_crop_is_the_embedding_of_the_crop_as_an_image(cloc: tuple[C
 # -- real models -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", [ClocEncoder, CropEncoder, RoiEncoder])
 def test_every_way_gives_unit_embeddings_that_do_not_depend_on_the_batch(
-    way: type, cloc: tuple[ClocModel, ClocProcessor]
+    cloc: tuple[ClocModel, ClocProcessor], tmp_path: Path
 ) -> None:
-    encoder: Encoder = way(*cloc, name="x")
+    for part in cloc:
+        part.save_pretrained(tmp_path)
     images, boxes = zip(*(picture(size, boxes_in(size)[: i + 1]) for i, size in enumerate(SIZES)), strict=True)
     boxes = [*boxes[:2], np.zeros((0, 4), dtype=np.float32)]
+    masks = [[np.eye(*image.size[::-1]) > 0] * len(rows) for image, rows in zip(images, boxes, strict=True)]
+    for way, kind in ENCODERS.items():
+        encoder = load_encoder(tmp_path, way)  # pyright: ignore[reportArgumentType]
+        assert (type(encoder), encoder.name) == (kind, f"{tmp_path.name}, {way}")
+        with torch.inference_mode():
+            encoded = encoder.encode_images(images)
+            alone = [encoder.encode_images([image]) for image in images]
+            for encode, prompts in ((encoder.encode_regions, boxes), (encoder.encode_masks, masks)):
+                together = encode(encoded, prompts)  # pyright: ignore[reportArgumentType]
+                if together is None:
+                    assert way in ("crop", "roi")
+                    continue
+                assert [tuple(r.shape) for r in together] == [(1, 24), (2, 24), (0, 24)]
+                for one, rows, regions in zip(alone, prompts, together, strict=True):
+                    (again,) = encode(one, [rows])  # pyright: ignore
+                    torch.testing.assert_close(again, regions, atol=1e-5, rtol=1e-4)
+                    torch.testing.assert_close(regions.norm(dim=1), torch.ones(len(rows)))
+            texts = encoder.encode_texts(["a red dog", "cat"])
+            torch.testing.assert_close(texts.norm(dim=1), torch.ones(2))
+            found = encoder.ground(encoded, [texts, texts[:1], texts[:0]])
+            if way == "prompter":  # what was saved is what is scored
+                saved = ClocEncoder(*cloc, name="x").encode_regions(encoded, boxes)
+                assert all(map(torch.equal, saved, encoder.encode_regions(encoded, boxes)))
+        assert (found is None) == (way != "prompter")
+        assert found is None or [tuple(f.shape) for f in found] == [(2, 4), (1, 4), (0, 4)]
+
+
+def test_each_way_keeps_to_its_own_definition(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint("clip")
+    image, whole = picture((32, 32), [(0, 0, 32, 32)])
+    crop_, maskclip, pool = (load_encoder(folder, way) for way in ("crop", "maskclip", "pool"))
     with torch.inference_mode():
-        together = encoder.encode_regions(encoder.encode_images(images), boxes)
-        assert [tuple(r.shape) for r in together] == [(1, 24), (2, 24), (0, 24)]
-        for image, rows, regions in zip(images, boxes, together, strict=True):
-            alone = encoder.encode_regions(encoder.encode_images([image]), [rows])[0]
-            torch.testing.assert_close(alone, regions, atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(regions.norm(dim=1), torch.ones(len(rows)))
-        texts = encoder.encode_texts(["a red dog", "cat"])
-        torch.testing.assert_close(texts.norm(dim=1), torch.ones(2))
-        found = encoder.ground(encoder.encode_images(images), [texts, texts[:1], texts[:0]])
-    assert (
-        found is None if way is not ClocEncoder else [tuple(f.shape) for f in found or []] == [(2, 4), (1, 4), (0, 4)]
-    )
+        encoded = pool.encode_images([image])
+        torch.testing.assert_close(pool.encode_regions(encoded, [whole])[0], encoded.embedding, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(crop_.encode_images([image]).embedding, encoded.embedding)
+        patches = maskclip.encode_images([image]).state[0][0]  # 4 x 4 of 8 pixels
+        _, boxes = picture((32, 32), [(8, 0, 16, 16), (4, 0, 8, 8), (0, 0, 12, 8)])
+        found = maskclip.encode_regions(maskclip.encode_images([image]), [boxes])[0]
+    want = torch.stack([patches[1] + patches[5], patches[0], 2 * patches[0] + patches[1]])
+    torch.testing.assert_close(found, F.normalize(want, dim=1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
+def test_coverage_counts_pixels(grid: tuple[int, int]) -> None:
+    rows, columns = grid
+    boxes_px = [(3, 7, 41, 52), (0, 0, 60, 60), (59, 59, 60, 60)]  # of 60 x 60
+    for box, share in zip(boxes_px, coverage(torch.tensor(boxes_px) / 60, grid), strict=True):
+        pixels = torch.zeros(60, 60)
+        pixels[box[1] : box[3], box[0] : box[2]] = 1
+        counted = pixels.reshape(rows, 60 // rows, columns, 60 // columns).mean((1, 3)).flatten()
+        torch.testing.assert_close(share, counted, atol=1e-5, rtol=0)
 
 
 def test_a_prompter_without_text_prompts_cannot_ground(tower_config: Callable[[str], Any], tokenizer: Any) -> None:
@@ -222,25 +285,12 @@ def test_a_prompter_without_text_prompts_cannot_ground(tower_config: Callable[[s
     assert encoder.ground(encoded, [encoder.encode_texts(["a dog"])]) is None
 
 
-def test_a_cloc_checkpoint_loads_all_three_ways(cloc: tuple[ClocModel, ClocProcessor], tmp_path: Path) -> None:
-    model, processor = cloc
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    image, boxes = picture((90, 40), boxes_in((90, 40)))
-    for regions, kind in (("prompter", ClocEncoder), ("crop", CropEncoder), ("roi", RoiEncoder)):
-        loaded, original = load_encoder(tmp_path / "model", regions), kind(*cloc, name="x")  # pyright: ignore
-        assert (type(loaded), loaded.name) == (kind, f"model, {regions}")
-        with torch.inference_mode():
-            got, want = (e.encode_regions(e.encode_images([image]), [boxes])[0] for e in (loaded, original))
-        torch.testing.assert_close(got, want)
-
-
 @pytest.mark.parametrize("family", ["clip", "siglip", "siglip2"])
 def test_a_plain_checkpoint_gives_what_transformers_gives(family: str, checkpoint: Callable[..., Path]) -> None:
     folder = checkpoint(family)
     plain: Any = AutoModel.from_pretrained(folder).eval()
     image, boxes = picture((40, 40), boxes_in((40, 40)))
-    for regions in ("crop", "roi"):
+    for regions in ("crop", "roi", "maskclip", "pool"):
         encoder = load_encoder(folder, regions, name="N")
         assert encoder.name == "N"
         with torch.inference_mode():
@@ -258,7 +308,10 @@ def test_weights_in_half_precision_are_evaluated_in_single(checkpoint: Callable[
 
 
 def test_a_plain_checkpoint_has_no_prompter(checkpoint: Callable[..., Path]) -> None:
-    with pytest.raises(ValueError, match=r"my siglip holds a 'siglip' model, which has no Prompter.*'crop' or 'roi'"):
+    with pytest.raises(
+        ValueError,
+        match=r"my siglip holds a 'siglip' model, which has no Prompter: .* prompter, crop, roi, maskclip, pool",
+    ):
         load_encoder(checkpoint("siglip"), "prompter")
 
 
@@ -269,7 +322,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ValueError, match=r"towers must be one of clip, siglip, siglip2; got a 'bert' config"):
         load_encoder(tmp_path, "crop")
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # types are checked in tests only
-    with pytest.raises(ValueError, match=r"regions is 'box', must be one of prompter, crop, roi"):
+    with pytest.raises(ValueError, match=r"regions is 'box', must be one of prompter, crop, roi, maskclip, pool"):
         load_encoder(tmp_path, "box")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"view='centre' hides .* regions must be 'crop', not 'roi'"):
         load_encoder(tmp_path, "roi", view="centre")
@@ -284,7 +337,7 @@ def test_a_prompter_that_was_never_trained_is_not_scored(cloc: tuple[ClocModel, 
     (tmp_path / "config.json").write_text(json.dumps(config | {"regions_trained": False}))
     assert natural_way(tmp_path) == "crop"
     assert load_encoder(tmp_path, "roi").name.endswith("roi")
-    with pytest.raises(ValueError, match=r"its Prompter was never trained \(region weight 0\): choose regions='crop'"):
+    with pytest.raises(ValueError, match=r"its Prompter was never trained \(region weight 0\): choose another way"):
         load_encoder(tmp_path, "prompter")
 
 

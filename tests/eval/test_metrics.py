@@ -130,6 +130,17 @@ def test_overlap_is_plain_iou_and_nothing_for_what_is_no_box() -> None:
     assert metrics.overlaps(torch.tensor(found), truth).tolist() == pytest.approx([1, 1 / 2, 1 / 4, 0, 0])
 
 
+@given(st.lists(st.integers(0, 4), min_size=1), st.lists(st.integers(0, 4), min_size=1))
+def test_the_mean_share_below_is_the_area_under_the_roc_curve(true: list[int], false: list[int]) -> None:
+    wins = [t > f for t in true for f in false]  # ties are lost
+    got = metrics.share_below(torch.tensor(true) / 4, torch.tensor(false) / 4)
+    assert float(got.mean()) == pytest.approx(sum(wins) / len(wins))
+    assert metrics.share_below(torch.tensor([0.5, float("nan")]), torch.tensor([float("nan"), 0.1])).tolist() == [
+        0.5,
+        0,
+    ]
+
+
 # -- scores and intervals ----------------------------------------------------------------------------------------------
 
 
@@ -219,7 +230,7 @@ def test_scores_of_a_hand_computed_case() -> None:
     scorer = Scorer(images, resamples=200)
     hits = np.array([True, False, True, False, True])
     scorer.add_accuracy(hits, images, labels, what="boxes", classes=80)
-    scorer.add_accuracy(hits[:0], images[:0], labels[:0], what="boxes", classes=80, part="large (from 96²)")
+    scorer.add_accuracy(hits[:0], images[:0], labels[:0], what="boxes", classes=80, parts=["large (from 96²)"])
     scorer.add_recall(np.array([1, 5, 6, 10, 11]), images, key="t2i", label="text to image", what="captions", gallery=9)
     got = scorer.scores
     assert got["top1"].value == pytest.approx(3 / 5)

@@ -24,7 +24,11 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "imagenet-v2": lambda root: disk.write_imagenet(root, {"0": "red", "1": "green"}),
     "coco-retrieval": lambda root: disk.write_karpathy(root, "coco"),
     "flickr30k-retrieval": lambda root: disk.write_karpathy(root, "flickr30k"),
+    "sugarcrepe": disk.write_sugarcrepe,
+    "vsr": disk.write_vsr,
     "coco-recognition": disk.write_coco,
+    "coco-panoptic": disk.write_panoptic,
+    "open-images-recognition": disk.write_open_images,
     "lvis-recognition": disk.write_lvis,
     "grit-retrieval": lambda root: disk.write_grit(root, parquet=True),
     "fg-ovd": disk.write_fg_ovd,
@@ -154,7 +158,7 @@ def test_models_are_named_folders_with_a_way(spec: str, parts: tuple[Any, ...]) 
 
 
 def test_a_way_that_is_none_is_named() -> None:
-    with pytest.raises(ValueError, match=r"embedded by prompter, crop, roi, not by 'magic'"):
+    with pytest.raises(ValueError, match=r"embedded by prompter, crop, roi, maskclip, pool, not by 'magic'"):
         parse_model("runs/a@magic")
 
 

@@ -22,7 +22,7 @@ from opencloc.config import LossConfig, ModelConfig
 from opencloc.loss import cloc_loss
 from opencloc.model.cloc import ClocConfig, ClocModel, ImageFeatures
 from opencloc.model.packing import pack
-from opencloc.model.prompter import PROMPTERS, CrossPrompter
+from opencloc.model.prompter import PROMPTERS, CrossPrompter, PoolCrossPrompter
 from opencloc.model.prompts import Box, Mask, Point, Text
 from opencloc.model.towers import patchify, vision_forward
 
@@ -66,7 +66,7 @@ def test_every_family_trains_with_every_prompter(make_model: MakeModel, family: 
     idle = {name for name, p in model.named_parameters() if p.grad is None}
     unused = {"prompt_encoder.point_kind", "clip.logit_scale", "clip.logit_bias", "region_logit_scale"}
     if not PROMPTERS[prompter].has_text_prompts:
-        unused |= {name for name, _ in model.named_parameters() if name.startswith("prompt_encoder.")}
+        unused |= {name for name, _ in model.named_parameters() if name.startswith("prompt_encoder.corner")}
     assert idle <= unused
     for embedding in (out.image, out.caption, out.region, out.region_text):
         torch.testing.assert_close(embedding.norm(dim=-1), torch.ones(embedding.shape[:-1]))
@@ -209,7 +209,7 @@ def test_a_steep_prior_sees_nothing_outside_the_box(make_model: MakeModel) -> No
     assert (flat.encode_regions(features, box) - flat.encode_regions(cut, box)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("box_head", ["anchored", "mlp"])
+@pytest.mark.parametrize("box_head", ["dense", "mlp"])
 def test_grounded_boxes_are_ordered_and_inside(make_model: MakeModel, box_head: str) -> None:
     model = make_model(box_head=box_head)
     features = model.encode_image(10 * pixels())
@@ -224,7 +224,7 @@ def test_grounded_boxes_are_ordered_and_inside(make_model: MakeModel, box_head: 
 def test_a_prompter_without_text_prompts_says_which_have_them(make_model: MakeModel, prompter: str) -> None:
     model = make_model(prompter=prompter)
     features = model.encode_image(pixels())
-    with pytest.raises(ValueError, match=r"no text prompts.*use prompter='cross' or 'encoder'"):
+    with pytest.raises(ValueError, match=r"no text prompts.*use prompter='cross' or 'encoder' or 'pool_cross'"):
         model.ground(features, torch.zeros(2, 1, 24))
     with pytest.raises(ValueError, match="no text prompts"):
         model.encode_regions(features, [[Text(torch.zeros(24))], []])
@@ -341,3 +341,49 @@ def test_the_pool_prompter_has_no_weights_and_keeps_the_scale_of_clip(make_model
     assert not copied.encode_regions(copied.encode_image(pixels()), BOXES).any()
     with pytest.raises(ValueError, match="needs a prior_slope"):
         make_model(prompter="pool", prior_slope=None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pool_cross_starts_as_pool_and_can_learn(make_model: MakeModel, family: str) -> None:
+    pool, both = (make_model(family, prompter=prompter) for prompter in ("pool", "pool_cross"))
+    both.clip.load_state_dict(pool.clip.state_dict())
+    features = [model.encode_image(pixels()) for model in (pool, both)]
+    regions = [model.encode_regions(seen, BOXES) for model, seen in zip((pool, both), features, strict=True)]
+    torch.testing.assert_close(*regions)
+    texts = torch.nn.functional.normalize(torch.randn(2, 3, 24 if family == "clip" else 32), dim=-1)
+    maps = [model.heatmap(seen, texts) for model, seen in zip((pool, both), features, strict=True)]
+    torch.testing.assert_close(*maps)
+    both.encode_regions(features[1], BOXES).square().sum().backward()
+    assert isinstance(both.prompter, PoolCrossPrompter)
+    assert both.prompter.cross.projection.weight.grad is not None
+
+
+def test_pool_cross_of_a_checkpoint_answers_at_once_with_the_scale_of_clip(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    clip = make_model().clip
+    clip.logit_scale.data.fill_(3.0)
+    clip.save_pretrained(tmp_path)
+    model = ClocModel.from_clip(tmp_path, prompter="pool_cross").eval()
+    torch.testing.assert_close(model.scale("region"), model.scale("image"))
+    features = model.encode_image(pixels())
+    assert model.encode_regions(features, BOXES).shape == (2, 2, 24)
+    with pytest.raises(ValueError, match="box head was never trained"):
+        model.ground(features, torch.randn(2, 1, 24))
+
+
+@pytest.mark.parametrize("prompter", [name for name, kind in PROMPTERS.items() if kind.has_patch_embeddings])
+def test_a_heat_map_is_highest_where_the_patch_is_the_text(make_model: MakeModel, prompter: str) -> None:
+    model = make_model(prompter=prompter)
+    features = model.encode_image(pixels())
+    patches = model.prompter.patch_embeddings(features.tokens, features.pool_input)
+    heat = model.heatmap(features, patches[:, [5, 11]])
+    assert heat.shape == (2, 2, 16)
+    assert heat.argmax(-1).tolist() == [[5, 11]] * 2
+    torch.testing.assert_close(heat.amax(-1), torch.ones(2, 2))
+
+
+def test_a_prompter_without_patch_embeddings_has_no_heat_maps(make_model: MakeModel) -> None:
+    model = make_model(prompter="encoder")
+    with pytest.raises(ValueError, match="the encoder Prompter has no heat maps"):
+        model.heatmap(model.encode_image(pixels()), torch.zeros(2, 1, 24))

@@ -390,3 +390,21 @@ def test_the_python_of_the_guide_runs(predictor: Predictor, tmp_path: Path, monk
     for code in re.findall(r"```python\n(.*?)```", guide, re.DOTALL):
         exec(code, names)
     assert names["scores"].shape == (2,)
+
+
+def test_a_heat_map_has_the_shape_of_the_photo_and_peaks_where_the_text_is(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo = predictor.encode(PIXELS)  # 40 x 80 pixels: rows 1 and 2 of the 4 x 4 patches are the photo
+    patches = predictor.model.prompter.patch_embeddings(photo.features.tokens)[0]
+    monkeypatch.setattr(predictor, "embed_texts", lambda texts: patches[[5, 11]])
+    heat = predictor.heatmap(photo, ["second of the first row", "last of the second row"])
+    assert heat.shape == (2, 16, 32)
+    rows, columns = np.unravel_index(heat.reshape(2, -1).argmax(1), (16, 32))
+    assert ((rows // 8, columns // 8) == np.array([[0, 1], [1, 3]])).all()
+    assert (np.abs(heat) <= 1 + 1e-6).all()
+
+
+def test_heat_maps_need_no_training_where_the_tower_pools(make: MakePredictor) -> None:
+    predictor = make(prompter="pool")
+    assert predictor.heatmap(predictor.encode(PIXELS), "a dog").shape == (1, 16, 32)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from opencloc.model.prompter import AnchoredBoxHead, CrossPrompter, EncoderPrompter, Memory, PrompterOutput
+from opencloc.model.prompter import CrossPrompter, DenseBoxHead, EncoderPrompter, Memory
 from opencloc.model.prompts import Box, Point, PromptBatch, PromptEncoder, Text, patch_centres
 
 WIDTH, EMBED, GRID = 32, 16, (3, 4)
@@ -25,9 +26,7 @@ def prompts(copies: int) -> PromptBatch:
     first = [Box(0.1, 0.2, 0.4, 0.9), Point(0.3, 0.3), Text(torch.randn(EMBED))]
     second = [(Point(0.1, 0.1), Box(0.2, 0.2, 0.9, 0.8)), Point(0.3, 0.8), Box(0.0, 0.0, 0.3, 0.3)]
     batch = encoder([first * copies, second * copies])
-    return PromptBatch(
-        tokens=batch.tokens.detach(), penalty=batch.penalty.detach(), valid=batch.valid, boxes=batch.boxes
-    )
+    return replace(batch, tokens=batch.tokens.detach(), penalty=batch.penalty.detach())
 
 
 def spread(module: nn.Module) -> nn.Module:
@@ -78,7 +77,7 @@ def test_prompter_equals_its_definition_prompt_by_prompt(form: str, shared_posit
     spread(prompter)
     batch, image = prompts(copies), torch.randn(2, NUM_PATCHES, WIDTH)
     weight = torch.randn(2, batch.tokens.shape[1], EMBED)
-    fast = prompter(image, batch).embedding
+    fast = prompter(image, batch)
     (fast * weight).sum().backward()
     gradients = {name: p.grad for name, p in prompter.named_parameters()}
     prompter.zero_grad()
@@ -101,18 +100,47 @@ def test_prompter_equals_its_definition_prompt_by_prompt(form: str, shared_posit
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-4 * (1 + largest), rtol=1e-3, msg=name)
 
 
-def test_anchored_head_equals_its_definition() -> None:
-    head = spread(AnchoredBoxHead(WIDTH, EMBED, GRID))
-    assert isinstance(head, AnchoredBoxHead)
-    output = PrompterOutput(embedding=torch.randn(2, 3, EMBED), memory=torch.randn(2, NUM_PATCHES, WIDTH))
-    boxes = head(output)
+def test_a_heat_map_alone_says_where_a_text_looks() -> None:
+    """A text prompt's attention is the softmax of its logits, whatever the slopes and queries."""
+    prompter = spread(CrossPrompter(WIDTH, EMBED, GRID, prompter_heads=4, prior_slope=0.0, shared_positions=True))
+    assert isinstance(prompter, CrossPrompter)
+    image, logits = torch.randn(1, NUM_PATCHES, WIDTH), torch.randn(1, 2, NUM_PATCHES)
+    content, _ = prompter.memory(image)
+    x = prompter.out(logits.softmax(-1) @ prompter.value(content))
+    x = prompter.projection(prompter.norm_out(x + prompter.mlp(prompter.norm_mlp(x))))
+    batch = PromptEncoder(WIDTH, EMBED, GRID).heat(logits)
+    torch.testing.assert_close(prompter(image, batch), x, atol=1e-4, rtol=1e-4)
+
+
+def test_dense_head_equals_its_definition() -> None:
+    head = spread(DenseBoxHead(WIDTH, GRID))
+    assert isinstance(head, DenseBoxHead)
+    memory = torch.randn(2, NUM_PATCHES, WIDTH)
+    texts, patches = (F.normalize(torch.randn(2, count, EMBED), dim=-1) for count in (3, NUM_PATCHES))
+    boxes = head(head.heat(texts, patches), memory)
     for b in range(2):
         for i in range(3):
-            z = F.normalize(output.embedding[b, i], dim=0) * EMBED**0.5
-            attention = (head.key(output.memory[b]) @ head.query(z) / WIDTH**0.5).softmax(0)
-            offset, size = head.mlp(torch.cat([z, attention @ head.value(output.memory[b])])).chunk(2)
-            centre, half = attention @ patch_centres(GRID) + 0.1 * offset, (size - 1).sigmoid() / 2
-            torch.testing.assert_close(boxes[b, i], torch.cat([centre - half, centre + half]), atol=1e-4, rtol=1e-4)
+            weight = (head.log_scale.exp() * patches[b] @ texts[b, i]).softmax(0)
+            box = torch.zeros(4)
+            for n, centre in enumerate(patch_centres(GRID)):
+                left, top, right, bottom = F.softplus(head.mlp(memory[b, n]) - 2)
+                box += weight[n] * (centre.repeat(2) + torch.stack([-left, -top, right, bottom]))
+            torch.testing.assert_close(boxes[b, i], box, atol=1e-4, rtol=1e-4)
+
+
+def test_a_patch_embedding_is_the_region_of_that_patch_where_the_mlp_is_silent() -> None:
+    prompter = spread(CrossPrompter(WIDTH, EMBED, GRID, prompter_heads=4, prior_slope=8.0, shared_positions=True))
+    assert isinstance(prompter, CrossPrompter)
+    for parameter in prompter.mlp[2].parameters():
+        nn.init.zeros_(parameter)
+    image = torch.randn(1, NUM_PATCHES, WIDTH)
+    half = torch.tensor([0.5 / GRID[1], 0.5 / GRID[0]])
+    boxes = torch.cat([patch_centres(GRID) - half, patch_centres(GRID) + half], -1)[None]
+    with torch.no_grad():
+        assert prompter.log_slope is not None
+        prompter.log_slope.fill_(8.0)
+        regions = F.normalize(prompter(image, PromptEncoder(WIDTH, EMBED, GRID).boxes(boxes)), dim=-1)
+        torch.testing.assert_close(prompter.patch_embeddings(image), regions, atol=1e-4, rtol=1e-4)
 
 
 def test_image_tokens_carry_the_basis_of_the_prompts_if_shared() -> None:

@@ -34,15 +34,51 @@ def test_patch_centres_run_row_by_row() -> None:
     torch.testing.assert_close(centres[4], torch.tensor([1 / 8, 3 / 4]))
 
 
-@given(st.tuples(*[st.floats(0, 1, width=32)] * 4))
-def test_box_penalty_equals_a_slow_loop(edges: tuple[float, float, float, float]) -> None:
-    x0, x1 = sorted(edges[:2])
-    y0, y1 = sorted(edges[2:])
-    got = box_penalty(torch.tensor([x0, y0, x1, y1]), GRID)
-    for n, (x, y) in enumerate(patch_centres(GRID).tolist()):
-        dx = max(x0 - x, x - x1, 0) * GRID[1]
-        dy = max(y0 - y, y - y1, 0) * GRID[0]
-        assert got[n].item() == pytest.approx(math.hypot(dx, dy), abs=1e-5)
+boxes_in_the_square = st.tuples(*[st.floats(0, 1, width=32)] * 4).map(
+    lambda e: (min(e[0], e[2]), min(e[1], e[3]), max(e[0], e[2]), max(e[1], e[3]))
+)
+
+
+def area(box: tuple[float, float, float, float]) -> float:
+    return max(box[2] - box[0], 0) * max(box[3] - box[1], 0)
+
+
+@given(boxes_in_the_square.filter(lambda box: area(box) > 1e-3))
+def test_box_penalty_equals_a_slow_loop(box: tuple[float, float, float, float]) -> None:
+    cells = [
+        (x / GRID[1], y / GRID[0], (x + 1) / GRID[1], (y + 1) / GRID[0]) for y in range(GRID[0]) for x in range(GRID[1])
+    ]
+    shares = [
+        area((max(c[0], box[0]), max(c[1], box[1]), min(c[2], box[2]), min(c[3], box[3]))) * len(cells) for c in cells
+    ]
+    covered = [n for n, share in enumerate(shares) if share > 1e-9]
+    got = box_penalty(torch.tensor(box), GRID)
+    for n, share in enumerate(shares):
+        away = min(math.hypot(n % GRID[1] - m % GRID[1], n // GRID[1] - m // GRID[1]) for m in covered)
+        if n not in covered and share > 0:
+            continue  # a share of no size to speak of: float32 may see it or not
+        expected = -math.log(max(share / max(shares), 0.01)) + (0 if n in covered else math.exp(1.5) * away)
+        assert got[n].item() == pytest.approx(expected, abs=1e-2, rel=1e-3)
+
+
+@given(boxes_in_the_square.filter(lambda box: area(box) > 1e-2))
+def test_attention_by_the_prior_alone_is_the_area_weighted_mean_over_the_box(
+    box: tuple[float, float, float, float],
+) -> None:
+    """What lies outside, or has under a hundredth of the largest share, gets under 2 % in all."""
+    weight = (-box_penalty(torch.tensor(box), GRID)).softmax(0)
+    inside = torch.tensor([[y / 64, x / 96] for y in range(64) for x in range(96)]) + torch.tensor([1 / 128, 1 / 192])
+    hit = (inside[:, 1] > box[0]) & (inside[:, 1] < box[2]) & (inside[:, 0] > box[1]) & (inside[:, 0] < box[3])
+    share = torch.nn.functional.adaptive_avg_pool2d(hit.float().reshape(1, 1, 64, 96), GRID).flatten()
+    assert (weight - share / share.sum()).abs().sum() < 0.25
+
+
+@pytest.mark.parametrize("box", [(2, 1, 5, 3), (0, 0, 12, 8), (4, 2, 5, 8)])
+def test_a_mask_of_a_box_has_the_prior_of_the_box(box: tuple[int, int, int, int]) -> None:
+    mask = torch.zeros(8, 12)
+    mask[box[1] : box[3], box[0] : box[2]] = 1
+    edges = torch.tensor(box) / torch.tensor([12, 8, 12, 8])
+    torch.testing.assert_close(mask_penalty(mask, GRID), box_penalty(edges, GRID), atol=1e-5, rtol=1e-5)
 
 
 def test_point_penalty_is_half_the_squared_distance_in_patches() -> None:
@@ -57,14 +93,15 @@ def test_mask_that_fills_patches_is_free_there_and_costs_elsewhere() -> None:
     mask[2:6, 4:8] = 1  # rows 1-2, columns 2-3 of the 4 x 6 grid
     penalty = mask_penalty(mask, GRID).reshape(GRID)
     assert (penalty[1:3, 2:4] == 0).all()
-    assert penalty[0, 2] == 1
+    torch.testing.assert_close(penalty[0, 2], torch.tensor(math.exp(1.5) + math.log(100)))
     torch.testing.assert_close(mask_box(mask), torch.tensor([4 / 12, 2 / 8, 8 / 12, 6 / 8]))
 
 
-def test_patches_half_covered_lie_half_a_patch_away() -> None:
+def test_a_patch_half_covered_counts_half() -> None:
     mask = torch.zeros(8, 12)
-    mask[:, :1] = 1
-    assert mask_penalty(mask, GRID).reshape(GRID)[0, 0] == 0.5
+    mask[:, :3] = 1
+    penalty = mask_penalty(mask, GRID).reshape(GRID)
+    torch.testing.assert_close(penalty[0, 1] - penalty[0, 0], torch.tensor(math.log(2)))
 
 
 def test_positions_tell_all_patches_apart() -> None:

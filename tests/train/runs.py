@@ -1,17 +1,25 @@
-"""What the tests of training ask of a run's folder."""
+"""What the tests of training ask of a run's folder, and a group of two ranks."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from opencloc.config import TrainConfig
 from opencloc.train.checkpoint import list_checkpoints, step_of
+from opencloc.train.distributed import Ranks, process_ranks
 
 MakeConfig = Callable[..., TrainConfig]
+PATIENCE_S = 300  # for processes on a busy machine
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -40,3 +48,29 @@ def cut_off(run: Path, after: int) -> None:
             shutil.rmtree(checkpoint)
     shutil.rmtree(run / "model")
     (run / "log.jsonl").write_text("".join((run / "log.jsonl").read_text().splitlines(keepends=True)[:after]))
+
+
+def on_two_ranks(body: Callable[[Ranks], None], folder: Path) -> None:
+    """Runs `body` in two forked processes that form a group; raises what one of them raised."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def child(rank: int) -> None:
+        try:
+            dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+            with process_ranks(torch.device("cpu")) as (ranks, _):
+                body(ranks)
+            dist.destroy_process_group()
+        except BaseException:
+            (folder / f"error_{rank}").write_text(traceback.format_exc())
+            os._exit(1)  # the other one may be waiting for this one
+        os._exit(0)
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=child, args=(rank,)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(PATIENCE_S)
+    errors = [path.read_text() for path in sorted(folder.glob("error_*"))]
+    assert not errors, "\n".join(errors)
+    assert [process.exitcode for process in processes] == [0, 0]

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 from opencloc.config import DataConfig, LossConfig, OptimConfig, TrainConfig, to_json
@@ -25,36 +21,9 @@ from opencloc.loss import ClocLoss, cloc_loss
 from opencloc.model.cloc import ClocOutput
 from opencloc.train.distributed import ALONE, Ranks, process_ranks
 from opencloc.train.loop import Interrupted, train
-from tests.train.runs import MakeConfig, cut_off, log, steps_kept
+from tests.train.runs import PATIENCE_S, MakeConfig, cut_off, log, on_two_ranks, steps_kept
 
-PATIENCE_S = 300  # for processes on a busy machine
 CPU = torch.device("cpu")
-
-
-def on_two_ranks(body: Callable[[Ranks], None], folder: Path) -> None:
-    """Runs `body` in two forked processes that form a group; raises what one of them raised."""
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def child(rank: int) -> None:
-        try:
-            dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-            with process_ranks(CPU) as (ranks, _):
-                body(ranks)
-            dist.destroy_process_group()
-        except BaseException:
-            (folder / f"error_{rank}").write_text(traceback.format_exc())
-            os._exit(1)  # the other one may be waiting for this one
-        os._exit(0)
-
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=child, args=(rank,)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(PATIENCE_S)
-    errors = [path.read_text() for path in sorted(folder.glob("error_*"))]
-    assert not errors, "\n".join(errors)
-    assert [process.exitcode for process in processes] == [0, 0]
 
 
 # -- the losses ------------------------------------------------------------------------------------------------------
@@ -129,7 +98,9 @@ def base(config: MakeConfig) -> TrainConfig:
     return config(
         Path("unused"),
         data=DataConfig(train=("scenes:rich?min_objects=1&missing_region=0.6",), num_workers=0, patch_dropout=0.25),
-        optim=OptimConfig(lr=1e-3, warmup_steps=2, eps=1e-3),  # so that Adam does not blow rounding errors up
+        optim=OptimConfig(
+            name="muon", lr=1e-3, warmup_steps=2, eps=1e-3
+        ),  # so that Adam does not blow rounding errors up
         keep_checkpoints=3,
     )
 
@@ -166,11 +137,14 @@ def test_two_ranks_train_what_one_process_trains(
     torch.testing.assert_close(moments, expected, atol=2e-6, rtol=1e-3)
 
 
-def test_muon_on_two_ranks_trains_what_one_process_trains(base: TrainConfig, tmp_path: Path) -> None:
-    config = replace(base, steps=3, optim=replace(base.optim, name="muon"))
+def test_adamw_on_two_ranks_trains_what_one_process_trains(base: TrainConfig, tmp_path: Path) -> None:
+    """All the other runs here are Muon's."""
+    config = replace(base, steps=3, optim=replace(base.optim, name="adamw"))
     train(replace(config, out=str(tmp_path / "single")))
-    on_two_ranks(lambda _: train(replace(config, out=str(tmp_path / "run"))) and None, tmp_path)
-    assert_same_run(tmp_path / "run", tmp_path / "single")
+    for sharding in ("ddp", "fsdp"):
+        two = replace(config, out=str(tmp_path / sharding), sharding=sharding)
+        on_two_ranks(lambda _, two=two: train(two) and None, tmp_path / f"{sharding}_ranks")
+        assert_same_run(tmp_path / sharding, tmp_path / "single")
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])

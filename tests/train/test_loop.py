@@ -1,4 +1,4 @@
-"""The loop: gradient caching, baseline, stopping, where a run starts from; the optimizers."""
+"""The loop: gradient caching, baseline, stopping, where a run starts from."""
 
 from __future__ import annotations
 
@@ -9,23 +9,19 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from opencloc.config import DataConfig, LossConfig, ModelConfig, OptimConfig, to_json
+from opencloc.config import DataConfig, LossConfig, ModelConfig, to_json
 from opencloc.data.sources.spec import open_source
 from opencloc.data.stream import TrainingExamples, training_batches
 from opencloc.model.export import export_clip
 from opencloc.train.build import build_model
 from opencloc.train.checkpoint import save_model
 from opencloc.train.loop import backward, train
-from opencloc.train.optim import Muon, learning_rate, make_optimizer, orthogonalize
 from tests.train.runs import MakeConfig, log, steps_kept
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -139,64 +135,3 @@ def test_region_parts_that_a_cloc_checkpoint_does_not_have_are_refused(config: M
         build_model(
             config(tmp_path, model=ModelConfig(init_from=str(tmp_path / "cloc"), prompter="roi", box_head="mlp"))
         )
-
-
-def test_learning_rate_warms_up_then_falls_to_zero() -> None:
-    optim = OptimConfig(lr=1.0, warmup_steps=10)
-    rates = [learning_rate(step, 110, optim) for step in range(111)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[9] == rates[10] == 1.0
-    assert rates[60] == pytest.approx(0.5)
-    assert rates[110] == pytest.approx(0)
-    assert all(a >= b for a, b in pairwise(rates[10:]))
-
-
-def test_weight_decay_spares_vectors_scales_and_positions(config: MakeConfig, tmp_path: Path) -> None:
-    run = config(tmp_path)
-    model, _ = build_model(run)
-    decayed, plain, scalars = make_optimizer(model, run.optim).param_groups
-    names = {id(p): n for n, p in model.named_parameters()}
-    assert plain["weight_decay"] == scalars["weight_decay"] == 0
-    assert all(p.ndim >= 2 and "position" not in names[id(p)] for p in decayed["params"])
-    assert {names[id(p)] for p in scalars["params"]} >= {"clip.logit_scale", "region_logit_scale"}
-    assert sum(len(group["params"]) for group in (decayed, plain, scalars)) == len(names)
-
-
-def test_muon_takes_the_matrices_of_the_layers_of_both_towers(config: MakeConfig, tmp_path: Path) -> None:
-    run = config(tmp_path, optim=OptimConfig(name="muon"))
-    model, _ = build_model(run)
-    names = {id(p): n for n, p in model.named_parameters()}
-    *others, layers = make_optimizer(model, run.optim).param_groups
-    own = {names[id(p)] for p in layers["params"]}
-    linear = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
-    assert own == {f"clip.{t}_model.encoder.layers.0.{m}.weight" for t in ("vision", "text") for m in linear}
-    assert len(own) + sum(len(group["params"]) for group in others) == len(names)
-
-
-@settings(deadline=None, max_examples=40)
-@given(rows=st.integers(1, 24), columns=st.integers(1, 24), seed=st.integers(0, 2**32 - 1))
-def test_orthogonalized_matrix_is_the_plain_iteration_whatever_its_scale(rows: int, columns: int, seed: int) -> None:
-    matrix = torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    x = matrix / matrix.norm()
-    for _ in range(5):
-        x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
-    torch.testing.assert_close(orthogonalize(matrix), x, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(orthogonalize(1000 * matrix), x, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(orthogonalize(matrix.T), x.T, atol=1e-5, rtol=1e-5)
-
-
-def test_orthogonalized_matrix_has_singular_values_near_one() -> None:
-    left, _ = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
-    matrix = left * torch.logspace(0, -1, 12, dtype=torch.float64)
-    values = torch.linalg.svdvals(orthogonalize(matrix))
-    assert 0.6 < values.min() <= values.max() < 1.3
-    assert not orthogonalize(torch.zeros(3, 4)).any()
-
-
-def test_a_step_of_muon_is_as_long_as_one_of_adamw_and_shrinks_weights_as_much() -> None:
-    weight = torch.nn.Parameter(torch.ones(16, 64))
-    weight.grad = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
-    Muon([{"params": [torch.nn.Parameter(torch.ones(2))]}, {"params": [weight], "weight_decay": 0.5}], lr=0.01).step()
-    step = weight.detach() - (1 - 0.01 * 0.5)
-    assert step.square().mean().sqrt() == pytest.approx(0.01 * 0.2, rel=0.2)
-    assert (step * weight.grad).sum() < 0

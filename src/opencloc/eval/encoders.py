@@ -1,10 +1,14 @@
 """Encoders as the evaluation sees them: images, texts and boxes in, embeddings of one space out.
 
-Three ways to embed a region, so that any CLIP-like checkpoint can be scored with the same boxes:
+Five ways to embed a region, so that any CLIP-like checkpoint can be scored with the same boxes (`RegionWay`):
 
-* `ClocEncoder`: the model's Prompter on the image tokens (paper section 3.2);
-* `CropEncoder`: every box cut out of the original image and encoded as an image of its own;
-* `RoiEncoder`: RoIAlign over the patch tokens, each pushed through the tower's own pooling into the joint space.
+* `prompter` (`ClocEncoder`): the model's Prompter on the image tokens (paper section 3.2);
+* `pool` (the same, with the `pool` Prompter): the tower's own pooling, its attention held to the region;
+* `maskclip` (`MaskClipEncoder`): the mean over the region of what that pooling reads off each patch, its value path;
+* `roi` (`RoiEncoder`): RoIAlign over the patch tokens, each pushed through the tower's pooling on its own;
+* `crop` (`CropEncoder`): every box cut out of the original image and encoded as an image of its own.
+
+All but `crop` need one pass for an image.  `prompter`, `pool` and `maskclip` also take masks.
 
 By default images and crops are letterboxed alike for every encoder, so that all see the same pixels; a checkpoint that
 was trained on squashed or centre-cropped images can be shown those instead (`View`), as its own paper scored it.  Boxes
@@ -29,14 +33,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from opencloc.boxes import Letterbox
-from opencloc.images import crop
-from opencloc.model.cloc import ClocModel, ImageFeatures
+from opencloc.images import crop, mask_square
+from opencloc.model import towers
+from opencloc.model.cloc import ClocConfig, ClocModel, ImageFeatures
 from opencloc.model.loading import load_config, load_model, load_processor
 from opencloc.model.processor import ClocProcessor
 from opencloc.model.prompter import roi_align
+from opencloc.model.prompts import Mask
 
-RegionWay = Literal["prompter", "crop", "roi"]
+RegionWay = Literal["prompter", "crop", "roi", "maskclip", "pool"]
 View = Literal["letterbox", "squash", "centre"]
+_WAYS = ", ".join(get_args(RegionWay))
 
 TEXTS_AT_ONCE = 256
 CROPS_AT_ONCE = 64
@@ -69,13 +76,17 @@ class Encoder(Protocol):
         """For each image's boxes (P, 4) their embeddings (P, E)."""
         ...
 
+    def encode_masks(self, encoded: EncodedImages, masks: Sequence[Sequence[np.ndarray]]) -> list[Tensor] | None:
+        """For each image's P masks (height, width) their embeddings (P, E); None if this encoder takes no masks."""
+        ...
+
     def ground(self, encoded: EncodedImages, texts: Sequence[Tensor]) -> list[Tensor] | None:
         """For each image's text embeddings (P, E) their boxes (P, 4); None if this encoder cannot ground."""
         ...
 
 
 class _Towers:
-    """What the three share: a model in eval mode with its processor, and texts through its text tower."""
+    """What all share: a model in eval mode with its processor, and texts through its text tower."""
 
     def __init__(self, model: ClocModel, processor: ClocProcessor, *, name: str, view: View = "letterbox") -> None:
         self.name, self._model, self._processor = name, model, processor
@@ -92,13 +103,24 @@ class _Towers:
         ]
         return torch.cat(parts)
 
+    def encode_masks(self, encoded: EncodedImages, masks: Sequence[Sequence[np.ndarray]]) -> list[Tensor] | None:
+        return None
+
+    def ground(self, encoded: EncodedImages, texts: Sequence[Tensor]) -> list[Tensor] | None:
+        return None
+
+    def _in_square(self, mask: np.ndarray) -> Float[Tensor, "H W"]:
+        """A mask of the image over the square that the model sees, as coverage."""
+        mask = mask if self._view == "squash" else mask_square(mask)
+        return torch.from_numpy(mask).to(self.device, torch.float32)
+
     def _encode_squares(self, images: Sequence[Image.Image]) -> tuple[ImageFeatures, list[Letterbox]]:
         pixels, letterboxes = _see(self._processor, images, self._view)
         return self._model.encode_image(pixels.to(self.device)), letterboxes
 
 
 class ClocEncoder(_Towers):
-    """A CLOC model with its Prompter: the image is encoded once, boxes and texts prompt its tokens."""
+    """A model with its Prompter: the image is encoded once; boxes, masks and texts prompt its tokens."""
 
     def encode_images(self, images: Sequence[Image.Image]) -> EncodedImages:
         features, letterboxes = self._encode_squares(images)
@@ -110,6 +132,12 @@ class ClocEncoder(_Towers):
         if not any(map(len, squares)):
             return [encoded.embedding.new_zeros(0, encoded.embedding.shape[1]) for _ in squares]
         return self._model.encode_regions(features, squares)
+
+    def encode_masks(self, encoded: EncodedImages, masks: Sequence[Sequence[np.ndarray]]) -> list[Tensor] | None:
+        prompts = [[Mask(self._in_square(mask)) for mask in of_image] for of_image in masks]
+        if not any(prompts):
+            return [encoded.embedding.new_zeros(0, encoded.embedding.shape[1]) for _ in prompts]
+        return self._model.encode_regions(encoded.state[0], prompts)
 
     def ground(self, encoded: EncodedImages, texts: Sequence[Tensor]) -> list[Tensor] | None:
         if not self._model.has_text_prompts:
@@ -144,9 +172,6 @@ class CropEncoder(_Towers):
             parts.append(self._encode_squares(batch)[0].embedding)
         return list(torch.cat(parts).split([len(rows) for rows in boxes]))
 
-    def ground(self, encoded: EncodedImages, texts: Sequence[Tensor]) -> None:
-        return None
-
 
 class RoiEncoder(_Towers):
     """The towers alone: a region is the mean of RoIAlign (4 x 4 bins) over the dense embeddings of the image.
@@ -169,8 +194,42 @@ class RoiEncoder(_Towers):
             regions.append(F.normalize(bins.mean((-2, -1)), dim=-1))
         return regions
 
-    def ground(self, encoded: EncodedImages, texts: Sequence[Tensor]) -> None:
-        return None
+
+class MaskClipEncoder(_Towers):
+    """The towers alone: a region is the area-weighted mean of the patches in the joint space by the value path.
+
+    As MaskCLIP (Zhou et al. 2022, arXiv 2112.01071) reads patches.  The model has the `pool` Prompter.
+    """
+
+    def encode_images(self, images: Sequence[Image.Image]) -> EncodedImages:
+        features, letterboxes = self._encode_squares(images)
+        assert features.pool_input is not None
+        patches = towers.patch_embeddings(self._model.clip, features.pool_input).float()
+        return EncodedImages(embedding=features.embedding, state=(patches, features.grid, letterboxes))
+
+    def encode_regions(self, encoded: EncodedImages, boxes: Sequence[np.ndarray]) -> list[Tensor]:
+        patches, grid, letterboxes = encoded.state
+        squares = [_to_square(rows, letterbox, self.device) for rows, letterbox in zip(boxes, letterboxes, strict=True)]
+        pairs = zip(squares, patches, strict=True)
+        return [F.normalize(coverage(rows, grid) @ of_image, dim=-1) for rows, of_image in pairs]
+
+    def encode_masks(self, encoded: EncodedImages, masks: Sequence[Sequence[np.ndarray]]) -> list[Tensor] | None:
+        patches, grid, _ = encoded.state
+        regions = []
+        for of_image, asked in zip(patches, masks, strict=True):
+            weights = [F.adaptive_avg_pool2d(self._in_square(mask)[None], grid).flatten() for mask in asked]
+            rows = torch.stack(weights) @ of_image if weights else of_image[:0]
+            regions.append(F.normalize(rows, dim=-1))
+        return regions
+
+
+ENCODERS = {
+    "prompter": ClocEncoder,
+    "crop": CropEncoder,
+    "roi": RoiEncoder,
+    "maskclip": MaskClipEncoder,
+    "pool": ClocEncoder,
+}
 
 
 def load_encoder(
@@ -181,7 +240,7 @@ def load_encoder(
     device: str | torch.device = "cpu",
     view: View = "letterbox",
 ) -> Encoder:
-    """The encoder in a folder (or of a hub id): a CLOC checkpoint, or a CLIP, SigLIP or SigLIP 2 one of transformers.
+    """The encoder in a folder (or of a hub id): a CLOC checkpoint, or a CLIP, SigLIP or SigLIP 2.
 
     `regions` says how boxes are embedded; `prompter` needs a CLOC checkpoint whose region part was trained.  `view`
     says how an image (or crop) becomes the square that the model sees: `letterbox`; `squash`, both sides resized, as
@@ -194,10 +253,14 @@ def load_encoder(
     if config.model_type == "cloc":
         model, processor = load_model(ClocModel, path), load_processor(path, ClocProcessor)
     else:
-        model, processor = ClocModel.from_clip(path), ClocProcessor.from_clip(path)
+        model, processor = ClocModel.from_clip(path, prompter="pool"), ClocProcessor.from_clip(path)
+    if regions in ("pool", "maskclip") and model.config.prompter != "pool":
+        pooling = ClocConfig(clip_config=model.config.clip_config, prompter="pool")
+        model = ClocModel(pooling, towers_model=model.clip)
     model.eval().float()  # checkpoints in half precision too: the run says what it computes in
-    encoder = {"prompter": ClocEncoder, "crop": CropEncoder, "roi": RoiEncoder}[regions]
-    return encoder(model.to(device), processor, name=name or f"{Path(path).resolve().name}, {regions}", view=view)
+    return ENCODERS[regions](
+        model.to(device), processor, name=name or f"{Path(path).resolve().name}, {regions}", view=view
+    )
 
 
 def check_regions(path: str | Path, regions: RegionWay, view: View) -> Any:
@@ -213,13 +276,11 @@ def check_regions(path: str | Path, regions: RegionWay, view: View) -> Any:
     if regions == "prompter":
         if config.model_type != "cloc":
             raise ValueError(
-                f"{path} holds a {config.model_type!r} model, which has no Prompter: choose regions='crop' or 'roi', "
+                f"{path} holds a {config.model_type!r} model, which has no Prompter: choose another way of {_WAYS}, "
                 "or give a CLOC checkpoint"
             )
         if not _regions_trained(config):
-            raise ValueError(
-                f"{path}: its Prompter was never trained (region weight 0): choose regions='crop' or 'roi'"
-            )
+            raise ValueError(f"{path}: its Prompter was never trained (region weight 0): choose another way of {_WAYS}")
     return config
 
 
@@ -261,6 +322,16 @@ def centre_square(image: Image.Image, side_px: int) -> Image.Image:
 def _to_square(boxes: np.ndarray, letterbox: Letterbox, device: torch.device) -> Float[Tensor, "P 4"]:
     """Boxes of the image in the frame of the square; samples allow boxes a hair outside, the model doesn't."""
     return letterbox.to_square(torch.from_numpy(boxes).float().clamp(0, 1)).clamp(0, 1).to(device)
+
+
+def coverage(boxes: Float[Tensor, "P 4"], grid: tuple[int, int]) -> Float[Tensor, "P N"]:
+    """The share of every patch that each box covers, patches row by row."""
+    along = []
+    for axis, count in ((1, grid[0]), (0, grid[1])):
+        edges = torch.arange(count, device=boxes.device)
+        low, high = boxes[:, axis, None] * count, boxes[:, axis + 2, None] * count
+        along.append((torch.minimum(high, edges + 1) - torch.maximum(low, edges)).clamp_min(0))
+    return (along[0][:, :, None] * along[1][:, None, :]).flatten(1)
 
 
 def _batches(images: Iterator[Image.Image], size: int) -> Iterator[list[Image.Image]]:

@@ -87,6 +87,14 @@ def overlaps(found: Tensor, truth: np.ndarray) -> np.ndarray:
     return torch.where(unsound | overlap.isnan(), 0.0, overlap).numpy()
 
 
+def share_below(scores: Float[Tensor, " Q"], rivals: Float[Tensor, " G"]) -> Float[Tensor, " Q"]:
+    """The share of the rivals that lie clearly below each score; ties and what is no number count against it.
+
+    Its mean is the area under the ROC curve.
+    """
+    return torch.stack([(rivals < score - TIE).double().mean() for score in scores])
+
+
 def cosines(a: Float[Tensor, "A E"], b: Float[Tensor, "B E"]) -> Float[Tensor, "A B"]:
     """Products of every row with every row in float32, whatever autocast is on; cosines where rows are normalised."""
     with torch.autocast(a.device.type, enabled=False):
@@ -157,10 +165,18 @@ class Scorer:
         self.scores[key] = Score(label=label, value=value, low=low, high=high, count=len(hits), of=of)
 
     def add_accuracy(
-        self, hits: np.ndarray, images: np.ndarray, labels: np.ndarray, *, what: str, classes: int, part: str = ""
+        self,
+        hits: np.ndarray,
+        images: np.ndarray,
+        labels: np.ndarray,
+        *,
+        what: str,
+        classes: int,
+        parts: Sequence[str] = (),
     ) -> None:
-        """Adds top-1 over `what` and mAcc over the classes present; `part` names the subset that the rows are."""
-        key, suffix = (f"_{part.split(' ')[0]}", f", {part}") if part else ("", "")
+        """Adds top-1 over `what` and mAcc over the classes present; `parts` name the subset that the rows are."""
+        key = "".join(f"_{part.split(' ')[0]}" for part in parts)
+        suffix = "".join(f", {part}" for part in parts)
         self.add(f"top1{key}", f"top-1{suffix}", hits, images, of=f"{len(hits):,} {what}")
         present = f"{len(np.unique(labels)):,} classes present of {classes:,}"
         self.add(f"macc{key}", f"mAcc{suffix}", hits, images, of=present, cells=labels)
@@ -247,6 +263,9 @@ class Rows:
 
     def __len__(self) -> int:
         return sum(map(len, next(iter(self._parts.values()), [])))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._parts
 
     def __getitem__(self, name: str) -> np.ndarray:
         return np.concatenate(self._parts[name])

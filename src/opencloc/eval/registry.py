@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from opencloc.eval import tasks
-from opencloc.eval.sets import captions, coco, flickr_entities, grit, imagenet, refcoco
+from opencloc.eval.sets import (
+    captions,
+    coco,
+    flickr_entities,
+    grit,
+    imagenet,
+    open_images,
+    panoptic,
+    refcoco,
+    statements,
+)
 from opencloc.eval.sets.item import EvalSet
 
 SOURCE_TASKS: dict[str, tasks.Task] = {  # on any source of the project
@@ -40,8 +50,12 @@ BENCHMARKS: dict[str, Benchmark] = {
     "imagenet-v2": Benchmark(read=imagenet.imagenet_v2, task=tasks.classify_images),
     "coco-retrieval": Benchmark(read=captions.coco_retrieval, task=tasks.retrieve_images),
     "flickr30k-retrieval": Benchmark(read=captions.flickr30k_retrieval, task=tasks.retrieve_images),
+    "sugarcrepe": Benchmark(read=statements.sugarcrepe, task=tasks.choose_captions),
+    "vsr": Benchmark(read=statements.vsr, task=tasks.judge_claims),
     "coco-recognition": Benchmark(read=coco.coco_recognition, task=tasks.recognise_regions),
+    "coco-panoptic": Benchmark(read=panoptic.coco_panoptic, task=tasks.recognise_segments),
     "lvis-recognition": Benchmark(read=coco.lvis_recognition, task=tasks.recognise_regions),
+    "open-images-recognition": Benchmark(read=open_images.open_images_recognition, task=tasks.recognise_regions),
     "grit-retrieval": Benchmark(read=grit.grit_retrieval, task=tasks.retrieve_regions),
     "fg-ovd": Benchmark(read=coco.fg_ovd, task=tasks.choose_texts),
     "refcoco": Benchmark(read=refcoco.refcoco, task=tasks.ground_texts),

@@ -33,8 +33,8 @@ class EvalConfig:
     """
 
     model: tuple[str, ...]
-    """Encoders as `[NAME=]FOLDER[@prompter|crop|roi]`: a CLOC, CLIP, SigLIP or SigLIP 2 checkpoint (or its hub id), and
-    how it embeds a region."""
+    """Encoders as `[NAME=]FOLDER[@prompter|crop|roi|maskclip|pool]`: a CLOC, CLIP, SigLIP or SigLIP 2 checkpoint (or
+    its hub id) or an OpenCLIP folder, and how it embeds a region."""
     data: tuple[str, ...]
     """Where the data lie, as `[TASK=]LOCATION[?key=value&...]`: a folder for the tasks on a public set, any source for
     the four on a source, e.g. `coco:DIR?split=test`.  Without TASK= it serves all tasks that have none of their own;

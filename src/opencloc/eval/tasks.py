@@ -39,6 +39,8 @@ from opencloc.texts import canonical
 
 UNKNOWN_CLASS = "of none of the classes"
 AMBIGUOUS, NO_QUERIES = "naming several regions of their image", "without a text that names one region"
+NO_PAIRS, NO_CLAIMS = "without a pair of captions", "without a statement"
+GROUPS = ("rare", "common", "frequent", "things", "stuff")  # of classes, in the order of tables
 CANNOT_GROUND = "asked of an encoder that cannot ground"
 
 
@@ -57,6 +59,13 @@ class Batch:
         if not any(map(len, boxes)):
             return [self.encoded.embedding[:0].float() for _ in boxes]
         return [rows.float() for rows in self.encoder.encode_regions(self.encoded, boxes)]
+
+    @cached_property
+    def segments(self) -> list[Tensor] | None:
+        """The embeddings (R, E) of each image's masks; None where there are none, or the encoder takes none."""
+        masks = [one.masks() for one in self.loaded]
+        found = self.encoder.encode_masks(self.encoded, masks) if any(masks) else None
+        return None if found is None else [rows.float() for rows in found]
 
     def repeat(self, counts: Sequence[int]) -> np.ndarray:
         """The number of each image as often as `counts` says."""
@@ -146,13 +155,62 @@ def retrieve_images(ask: Ask) -> Generator[None, Batch | None, Scores]:
     return scorer.scores
 
 
+def choose_captions(ask: Ask) -> Generator[None, Batch | None, Scores]:
+    """Rank each image's true caption above its false one, pair by pair."""
+    rows, kinds = Rows(), {}
+    while (batch := (yield)) is not None:
+        pairs = [item.pairs for item in batch.items]
+        ask.skipped[IMAGES, NO_PAIRS] += sum(not of_image for of_image in pairs)
+        if not any(pairs):
+            continue
+        true, false = (_match(ask, batch, [[pair[side] for pair in of_image] for of_image in pairs]) for side in (1, 2))
+        labels = [kinds.setdefault(kind, len(kinds)) for of_image in pairs for kind, _, _ in of_image]
+        rows.add(images=batch.repeat(list(map(len, pairs))), labels=labels, right=false < true - metrics.TIE)
+    if not len(rows):
+        return {}
+    scorer, images, right, labels = ask.scorer(rows["images"]), rows["images"], rows["right"], rows["labels"]
+    scorer.add("top1", "all pairs", right, images, of=f"{len(right):,} pairs")
+    scorer.add("macc", "mean over categories", right, images, of=f"{len(kinds)} categories", cells=labels)
+    for kind in sorted(kinds):
+        inside = labels == kinds[kind]
+        scorer.add(f"top1_{kind}", kind, right[inside], images[inside], of=f"{inside.sum():,} pairs")
+    return scorer.scores
+
+
+def judge_claims(ask: Ask) -> Generator[None, Batch | None, Scores]:
+    """Rank true statements above false ones, each by its cosine with its own image (area under the ROC curve)."""
+    rows = Rows()
+    while (batch := (yield)) is not None:
+        claims = [item.claims for item in batch.items]
+        ask.skipped[IMAGES, NO_CLAIMS] += sum(not of_image for of_image in claims)
+        if any(claims):
+            cosine = _match(ask, batch, [[text for text, _ in of_image] for of_image in claims])
+            true = [is_true for of_image in claims for _, is_true in of_image]
+            rows.add(images=batch.repeat(list(map(len, claims))), cosine=cosine, true=true)
+    if not len(rows) or rows["true"].all() or not rows["true"].any():
+        return {}
+    scorer, true = ask.scorer(rows["images"]), rows["true"]
+    share = metrics.share_below(*(torch.from_numpy(rows["cosine"][one]) for one in (true, ~true))).numpy()
+    of = f"{true.sum():,} true statements against {(~true).sum():,} false ones"
+    scorer.add("auc", "AUC", share, rows["images"][true], of=of)
+    return scorer.scores
+
+
+def _match(ask: Ask, batch: Batch, texts: Sequence[Sequence[str]]) -> Tensor:
+    """The cosine of each text of each image with its image."""
+    counts = torch.tensor([len(of_image) for of_image in texts], device=batch.encoded.embedding.device)
+    embedding = batch.encoded.embedding.float().repeat_interleave(counts, 0)
+    return (embedding * ask.bank.of(text for of_image in texts for text in of_image)).sum(1)
+
+
 # -- regions -----------------------------------------------------------------------------------------------------------
 
 
 def recognise_regions(ask: Ask) -> Generator[None, Batch | None, Scores]:
     """Name each given box among all class names, bare.
 
-    They are those of the set, else the distinct texts of its regions.
+    They are those of the set, else the distinct texts of its regions.  Masks are named beside boxes, where the set has
+    them and the encoder takes them.
     """
     rows, embeddings, texts = Rows(), [], []
     known, _ = merge_names(ask.data.class_names)
@@ -170,8 +228,9 @@ def recognise_regions(ask: Ask) -> Generator[None, Batch | None, Scores]:
             if not inside:
                 continue
             labels = torch.tensor([label_of[names[row]] for row in inside], device=regions.device)
-            ranks = metrics.class_ranks(regions[inside], classes, labels)
-            rows.add(images=images[inside], areas=areas[inside], labels=labels, ranks=ranks)
+            ways = {"boxes": batch.regions} | ({} if batch.segments is None else {"masks": batch.segments})
+            ranks = {way: metrics.class_ranks(torch.cat(of)[inside], classes, labels) for way, of in ways.items()}
+            rows.add(images=images[inside], areas=areas[inside], labels=labels, **ranks)
         else:  # the classes are known at the end only
             ask.bank.ids(names)
             rows.add(images=images, areas=areas)
@@ -181,24 +240,35 @@ def recognise_regions(ask: Ask) -> Generator[None, Batch | None, Scores]:
         return {}
     ask.class_names = known or tuple(dict.fromkeys(texts))
     if known:
-        labels, ranks = rows["labels"], rows["ranks"]
+        labels, ranks = rows["labels"], {way: rows[way] for way in ("boxes", "masks") if way in rows}
     else:
         label_of = {name: label for label, name in enumerate(ask.class_names)}
         labels = np.array([label_of[name] for name in texts])
         regions = torch.cat(embeddings)
         own = torch.from_numpy(labels).to(regions.device)
-        ranks = metrics.class_ranks(regions, ask.bank.of(ask.class_names), own).cpu().numpy()
-    images, hits = rows["images"], ranks == 1
-    parts = {"": np.ones(len(hits), dtype=bool)} | by_size(rows["areas"])
+        ranks = {"boxes": metrics.class_ranks(regions, ask.bank.of(ask.class_names), own).cpu().numpy()}
+    images = rows["images"]
+    parts = {"": np.ones(len(images), dtype=bool)} | by_size(rows["areas"])
     if ask.data.class_groups:
         groups = np.array(ask.data.class_groups)[labels]
-        parts |= {group: groups == group for group in ("rare", "common", "frequent")}
+        parts |= {group: groups == group for group in GROUPS if group in ask.data.class_groups}
     scorer = ask.scorer(images)
-    for part, inside in parts.items():
-        scorer.add_accuracy(
-            hits[inside], images[inside], labels[inside], what="boxes", classes=len(ask.class_names), part=part
-        )
+    for way, of_way in ranks.items():
+        for part, inside in parts.items():
+            scorer.add_accuracy(
+                of_way[inside] == 1,
+                images[inside],
+                labels[inside],
+                what=way,
+                classes=len(ask.class_names),
+                parts=[*(["masks"] if way == "masks" else []), *([part] if part else [])],
+            )
     return scorer.scores
+
+
+def recognise_segments(ask: Ask) -> Generator[None, Batch | None, Scores]:
+    """Name each segment among all class names, bare, by its box and, where the encoder takes masks, by its mask."""
+    return recognise_regions(ask)
 
 
 def retrieve_regions(ask: Ask) -> Generator[None, Batch | None, Scores]:

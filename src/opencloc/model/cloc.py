@@ -15,99 +15,57 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, no_type_check, overload
+from typing import Any, Literal, overload
 
 import torch
 from huggingface_hub import ModelCard, file_exists, repo_exists
-from huggingface_hub.dataclasses import strict
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.configuration_utils import SubConfigSpec
 
 from opencloc import files
 from opencloc.model import loading, towers
 from opencloc.model.card import model_card
+from opencloc.model.cloc_config import ClocConfig
+from opencloc.model.outputs import ClocOutput, ImageFeatures
 from opencloc.model.packing import PackedTexts, join
-from opencloc.model.prompter import PROMPTERS, AnchoredBoxHead, CrossPrompter, MlpBoxHead, Prompter
+from opencloc.model.prompter import (
+    INITIAL_LOG_SCALE,
+    PROMPTERS,
+    CrossPrompter,
+    DenseBoxHead,
+    MlpBoxHead,
+    PoolCrossPrompter,
+    Prompter,
+)
 from opencloc.model.prompts import (
-    Box,
+    Heat,
     Prompt,
     PromptBatch,
     PromptEncoder,
     Text,
+    as_prompt,
     check_boxes,
-    concatenate,
+    check_text,
+    has_text,
     patch_centres,
+    replace_texts,
 )
 
 MAX_LOG_SCALE = math.log(100)  # CLIP's bound on the temperature
 POSITION_STD = 0.02  # transformers' initial spread of CLIP's position embeddings
+NO_GROUNDING = (
+    "this model's box head was never trained (loss.grounding_weight was 0, or it comes fresh from a CLIP): it cannot "
+    "ground; train with loss.grounding_weight > 0"
+)
 NO_REGIONS = (
     "this model's Prompter was never trained (loss.region_weight was 0), it has no regions to offer: "
     "run `opencloc export` and open that folder by opencloc.load, which pools regions with the tower itself, "
     "or train with loss.region_weight > 0"
 )
-
-
-@no_type_check  # tests check the types of all calls: that would hide the **kwargs transformers adds to configurations
-@strict
-class ClocConfig(PreTrainedConfig):
-    """Configuration of a `ClocModel`: the towers' own configuration and the region parts.
-
-    `clip_config`: any CLIP, SigLIP or SigLIP 2 configuration of transformers.
-    `prompter`: `cross` (default), `encoder` (as published), `roi` (the baseline), `pool` (the tower's own pooling
-    restricted to the region, nothing to train).  `roi` and `pool` have no text prompts.
-    `prompter_heads`: attention heads of `cross`.
-    `prior_slope`: initial log slope of the soft spatial prior of `cross`; at 1.5 it is nearly a mean over the box.
-    None: no prior.  `pool` keeps it fixed.
-    `shared_positions`: patches carry the position basis of the prompts.
-    `box_head`: `anchored` (default) reads the box off an attention map, `mlp` is the published head.
-    `roi_size`: bins per side of RoIAlign, for `roi`.
-    `regions_trained`: False where the region parts were left untrained (the CLIP baseline); they then refuse to answer.
-    """
-
-    model_type = "cloc"
-    sub_configs_defaults = {"clip_config": SubConfigSpec(config_class=AutoConfig, model_type="clip")}  # noqa: RUF012
-
-    clip_config: dict | PreTrainedConfig | None = None
-    prompter: Literal["cross", "encoder", "roi", "pool"] = "cross"
-    prompter_heads: int = 4
-    prior_slope: float | None = 1.5
-    shared_positions: bool = True
-    box_head: Literal["anchored", "mlp"] = "anchored"
-    roi_size: int = 4
-    regions_trained: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageFeatures:
-    """What `encode_image` returns: everything any number of prompts needs."""
-
-    embedding: Float[Tensor, "B E"]  # of the whole image, L2-normalised
-    tokens: Float[Tensor, "B N D"]  # before pooling and projection
-    grid: tuple[int, int]  # (rows, columns), rows * columns = N
-    pool_input: Float[Tensor, "B L D"] | None = None  # for the `pool` Prompter: what the tower's pooling reads
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClocOutput:
-    """What `forward` returns for the losses.  Embeddings are L2-normalised; scales are exp(parameter), clipped.
-
-    The region fields are None where no boxes were given; `ground_boxes` also where the Prompter has no text prompts.
-    """
-
-    image: Float[Tensor, "B E"]
-    caption: Float[Tensor, "B E"]
-    logit_scale: Float[Tensor, ""]
-    region: Float[Tensor, "B M E"] | None = None
-    region_text: Float[Tensor, "B M E"] | None = None
-    ground_boxes: Float[Tensor, "B M 4"] | None = None
-    region_logit_scale: Float[Tensor, ""] | None = None
 
 
 class ClocModel(PreTrainedModel):
@@ -131,18 +89,16 @@ class ClocModel(PreTrainedModel):
         self.clip: Any = AutoModel.from_config(clip) if towers_model is None else towers_model
         if towers_model is not None:  # the base class has just reset the choice in the configuration they share
             towers_model.set_attn_implementation(config._attn_implementation or "sdpa")
-        self.prompt_encoder = PromptEncoder(width, self.embed_dim, self.grid)
         kind = PROMPTERS[config.prompter]
+        is_dense = config.box_head == "dense" and kind.has_patch_embeddings
+        text_tokens = kind.has_text_prompts and not is_dense
+        self.prompt_encoder = PromptEncoder(width, self.embed_dim, self.grid, text_tokens=text_tokens)
         options = {name: self.clip if name == "clip" else getattr(config, name) for name in kind.options}
         self.prompter: Prompter = kind(width, self.embed_dim, self.grid, **options)
         self.box_head: nn.Module | None = None
         if self.has_text_prompts:
-            self.box_head = (
-                AnchoredBoxHead(width, self.embed_dim, self.grid)
-                if config.box_head == "anchored"
-                else MlpBoxHead(self.embed_dim, width)
-            )
-        self.region_logit_scale: nn.Parameter | None = None if kind.is_tower_pooling else nn.Parameter(torch.zeros(()))
+            self.box_head = DenseBoxHead(width, self.grid) if is_dense else MlpBoxHead(self.embed_dim, width)
+        self.region_logit_scale: nn.Parameter | None = nn.Parameter(torch.zeros(())) if kind.is_trained else None
         self.post_init()
 
     @property
@@ -159,20 +115,23 @@ class ClocModel(PreTrainedModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, PromptEncoder):
-            for kind in (module.corner_kind, module.point_kind, module.text_kind):
+            for _, kind in module.named_parameters(recurse=False):  # of corner, point, text
                 init.normal_(kind, std=0.5)
+            table, before = towers.position_table(self.clip)  # here, since transformers skips a `self` without weights
+            if self.config.shared_positions and not getattr(table.weight, "_is_hf_initialized", False):
+                self._start_positions_from_basis(table, before)
         elif isinstance(module, CrossPrompter):
             for linear in (module.value, module.out):
                 init.eye_(linear.weight)
             if module.log_slope is not None:
                 assert self.config.prior_slope is not None
                 init.constant_(module.log_slope, self.config.prior_slope)
-        elif module is self:
-            if self.region_logit_scale is not None:
-                init.constant_(self.region_logit_scale, 2.6592)  # ln(1 / 0.07), CLIP's
-            table, before = towers.position_table(self.clip)
-            if self.config.shared_positions and not getattr(table.weight, "_is_hf_initialized", False):
-                self._start_positions_from_basis(table, before)
+            if isinstance(self.prompter, PoolCrossPrompter):
+                init.zeros_(module.projection.weight)
+        elif isinstance(module, DenseBoxHead):
+            init.constant_(module.log_scale, INITIAL_LOG_SCALE)
+        elif module is self and self.region_logit_scale is not None:
+            init.constant_(self.region_logit_scale, INITIAL_LOG_SCALE)
 
     @torch.no_grad()
     def _start_positions_from_basis(self, table: nn.Embedding, before: int) -> None:
@@ -220,8 +179,9 @@ class ClocModel(PreTrainedModel):
     def from_clip(cls, path: str | Path, **region_config: Any) -> ClocModel:
         """Fresh region parts on the weights of a CLIP, SigLIP or SigLIP 2 checkpoint (a folder or hub id).
 
-        `region_config`: fields of `ClocConfig` but `clip_config`; `regions_trained` is False unless the Prompter has
-        nothing to train.  Raises ValueError for any other kind of model, and as `from_pretrained` does.
+        `region_config`: fields of `ClocConfig` but `clip_config`.  `pool` and `pool_cross` embed regions at once, the
+        other Prompters and the box head have to be trained first.  Raises ValueError for any other kind of model, and
+        as `from_pretrained` does.
         """
         config = loading.load_config(path)
         if config.model_type == "cloc":
@@ -229,8 +189,12 @@ class ClocModel(PreTrainedModel):
         with loading.naming(path):
             towers.check_family(config)
         clip = loading.load_model(AutoModel, path)
-        region_config = {"regions_trained": region_config.get("prompter") == "pool"} | region_config
-        return cls(ClocConfig(clip_config=clip.config, **region_config), towers_model=clip)
+        pools = region_config.get("prompter") in ("pool", "pool_cross")
+        region_config = {"regions_trained": pools, "grounding_trained": False} | region_config
+        model = cls(ClocConfig(clip_config=clip.config, **region_config), towers_model=clip)
+        if pools and model.region_logit_scale is not None:
+            model.region_logit_scale.data.copy_(clip.logit_scale.reshape(()))
+        return model
 
     # -- temperature ---------------------------------------------------------------------------------------------
 
@@ -247,9 +211,9 @@ class ClocModel(PreTrainedModel):
 
     @torch.no_grad()
     def bound_scales(self) -> None:
-        """Brings the scales' parameters back to their bound, after a step of the optimizer, as open_clip does."""
+        """Brings the scales' parameters, if they are trained, back to their bound, after a step, as open_clip does."""
         for log_scale in (self.clip.logit_scale, self.region_logit_scale):
-            if log_scale is not None:
+            if log_scale is not None and log_scale.requires_grad:
                 log_scale.clamp_(max=MAX_LOG_SCALE)
 
     # -- encoding ------------------------------------------------------------------------------------------------
@@ -263,7 +227,7 @@ class ClocModel(PreTrainedModel):
         self, pixel_values: Float[Tensor, "B 3 S S"], kept: Int[Tensor, "B K"] | None
     ) -> tuple[Float[Tensor, "B E"], Float[Tensor, "B N D"], Float[Tensor, "B L D"] | None]:
         """(pooled embedding, patch tokens, what the pooling read, where the Prompter needs it)."""
-        if not self.prompter.is_tower_pooling:
+        if not self.prompter.reads_pool_input:
             return *towers.vision_forward(self.clip, pixel_values, kept), None
         with towers.recorded_pool_input(self.clip) as inputs:
             pooled, tokens = towers.vision_forward(self.clip, pixel_values, kept)
@@ -318,9 +282,11 @@ class ClocModel(PreTrainedModel):
         else:
             if not all(isinstance(image, Tensor | Sequence) for image in prompts):
                 raise TypeError("prompts are a list of prompts for each image")
-            listed = [[_as_prompt(p) for p in image] for image in prompts]
-            if not self.has_text_prompts and any(_has_text(p) for image in listed for p in image):
-                raise ValueError(self.no_text_prompts())
+            listed = [[as_prompt(p) for p in image] for image in prompts]
+            if any(has_text(p) for image in listed for p in image):
+                if not self.has_text_prompts:
+                    raise ValueError(self.no_text_prompts())
+                listed = self._with_heat(features, listed)
             counts = [len(image) for image in listed]
             batch = self.prompt_encoder(listed)
         embeddings = self._prompt(features, batch)
@@ -329,19 +295,60 @@ class ClocModel(PreTrainedModel):
     def ground(self, features: ImageFeatures, texts: Float[Tensor, "B P E"]) -> Float[Tensor, "B P 4"]:
         """The box of each text in its image, from embeddings by `encode_text`.
 
-        Raises ValueError if the Prompter has no text prompts.
+        Raises ValueError if the Prompter has no text prompts, or the box head was never trained.
         """
         if self.box_head is None:
             raise ValueError(self.no_text_prompts())
         self._check_trained()
-        boxes = self.box_head(self.prompter(features.tokens, self.prompt_encoder.texts(texts))).clamp(0, 1)
+        if not self.config.grounding_trained:
+            raise ValueError(NO_GROUNDING)
+        boxes = self._boxes_of(features.tokens, texts, None, features.pool_input).clamp(0, 1)
         first, second = boxes.chunk(2, dim=-1)  # the published head does not order its corners
         return torch.cat([torch.minimum(first, second), torch.maximum(first, second)], -1)
 
+    def heatmap(self, features: ImageFeatures, texts: Float[Tensor, "B P E"]) -> Float[Tensor, "B P N"]:
+        """Cosine of each text with every patch of its image, row by row: where in the image it is.
+
+        Raises ValueError if the Prompter cannot embed single patches.
+        """
+        if not self.prompter.has_patch_embeddings:
+            raise ValueError(f"the {self.config.prompter} Prompter has no heat maps")
+        self._check_trained()
+        patches = self.prompter.patch_embeddings(features.tokens, features.pool_input)
+        return texts.float() @ patches.transpose(1, 2)
+
     def _prompt(self, features: ImageFeatures, prompts: PromptBatch) -> Tensor:
         self._check_trained()
-        tokens = features.tokens if features.pool_input is None else features.pool_input
-        return _normalize(self.prompter(tokens, prompts).embedding)
+        return _normalize(self._ask(features.tokens, prompts, None, features.pool_input))
+
+    def _ask(self, tokens: Tensor, prompts: PromptBatch, kept: Tensor | None, pool_input: Tensor | None) -> Tensor:
+        """z of the prompts, from an image of which the patches `kept` were seen."""
+        more = {"pool_input": pool_input} if self.prompter.reads_pool_input else {}
+        return self.prompter(tokens, prompts if kept is None else prompts.over(kept), kept, **more)
+
+    def _boxes_of(self, tokens: Tensor, texts: Tensor, kept: Tensor | None, pool_input: Tensor | None) -> Tensor:
+        """The box that the head gives each text, as it comes: not yet clipped to the square."""
+        if isinstance(self.box_head, DenseBoxHead):
+            prompter: Any = self.prompter
+            heat = self.box_head.heat(texts, prompter.patch_embeddings(tokens, pool_input))
+            return self.box_head(heat, prompter.memory(tokens, kept)[1], kept)
+        assert self.box_head is not None
+        return self.box_head(self._ask(tokens, self.prompt_encoder.texts(texts), kept, pool_input))
+
+    def _with_heat(self, features: ImageFeatures, prompts: list[list[Any]]) -> list[list[Any]]:
+        """The prompts, where the box head is dense with the heat map over its image in place of every text."""
+        if not isinstance(self.box_head, DenseBoxHead):
+            return prompts
+        head, patches = self.box_head, self.prompter.patch_embeddings(features.tokens, features.pool_input)
+
+        def heat(text: Text, of_image: Tensor) -> Heat:
+            embedding = check_text(text, self.embed_dim).to(of_image.device)
+            return Heat(head.heat(embedding[None, None], of_image[None])[0, 0])
+
+        return [
+            [replace_texts(prompt, lambda text, of_image=of_image: heat(text, of_image)) for prompt in image]
+            for image, of_image in zip(prompts, patches, strict=True)
+        ]
 
     def no_text_prompts(self) -> str:
         """The message of the error where a text is prompted and the Prompter has no text prompts."""
@@ -349,7 +356,7 @@ class ClocModel(PreTrainedModel):
         return f"the {self.config.prompter} Prompter has no text prompts and cannot ground: use prompter={able}"
 
     def _check_trained(self) -> None:
-        if not self.config.regions_trained and not self.prompter.is_tower_pooling:
+        if not self.config.regions_trained and self.prompter.is_trained:
             raise ValueError(NO_REGIONS)
 
     # -- training ------------------------------------------------------------------------------------------------
@@ -357,7 +364,7 @@ class ClocModel(PreTrainedModel):
     def forward(
         self,
         pixel_values: Float[Tensor, "B 3 S S"],
-        input_ids: Int[Tensor, "B T"] | PackedTexts,
+        input_ids: Int[Tensor, "B T"] | PackedTexts | None,
         boxes: Float[Tensor, "B M 4"] | None = None,
         text_ids: Int[Tensor, "U W"] | PackedTexts | None = None,
         text_index: Int[Tensor, "B M"] | None = None,
@@ -366,8 +373,9 @@ class ClocModel(PreTrainedModel):
         """Everything the losses need, from one pass of each tower.
 
         Distinct region texts are encoded once: `text_ids` holds them, `text_index` says which of them each region has.
-        Without boxes only the image-text part is computed (the CLIP baseline).  `kept`: of each image, the numbers of
-        the patches that are looked at (FLIP, Li et al. 2023); None: all.  Raises ValueError if the Prompter needs all.
+        Without boxes only the image-text part is computed (the CLIP baseline), without captions only the region part.
+        `kept`: of each image, the numbers of the patches that are looked at (FLIP, Li et al. 2023); None: all.
+        Raises ValueError if the Prompter needs all.
         """
         if kept is not None and not self.prompter.allows_patch_dropout:
             raise ValueError(f"the {self.config.prompter} Prompter needs all patches: data.patch_dropout must be 0")
@@ -376,28 +384,20 @@ class ClocModel(PreTrainedModel):
             embeddings = self.encode_text(join(input_ids, text_ids))  # all in one pass of the tower
             caption, texts = embeddings.split([len(input_ids), len(text_ids)])
         else:
-            caption = self.encode_text(input_ids)
+            caption = None if input_ids is None else self.encode_text(input_ids)
             texts = None if boxes is None or text_ids is None else self.encode_text(text_ids)
-        output: dict[str, Tensor] = {
-            "image": _normalize(pooled),
-            "caption": caption,
-            "logit_scale": self.scale("image"),
-        }
+        output: dict[str, Tensor] = {}
+        if caption is not None:
+            output |= {"image": _normalize(pooled), "caption": caption, "logit_scale": self.scale("image")}
         if boxes is not None:
             assert texts is not None
             assert text_index is not None
-            num_regions = boxes.shape[1]
             region_text = texts[text_index]
-            prompts = self.prompt_encoder.boxes(boxes)
-            if self.box_head is not None:  # box and text prompts share one pass, and with it the keys and values
-                prompts = concatenate([prompts, self.prompt_encoder.texts(region_text)], dim=1)
-            read = tokens if pool_input is None else pool_input
-            prompted = self.prompter(read, prompts if kept is None else prompts.over(kept), kept)
-            output["region"] = _normalize(prompted.embedding[:, :num_regions])
+            output["region"] = _normalize(self._ask(tokens, self.prompt_encoder.boxes(boxes), kept, pool_input))
             output["region_text"] = region_text
             output["region_logit_scale"] = self.scale("region")
             if self.box_head is not None:
-                output["ground_boxes"] = self.box_head(replace(prompted, embedding=prompted.embedding[:, num_regions:]))
+                output["ground_boxes"] = self._boxes_of(tokens, region_text, kept, pool_input)
         return ClocOutput(**output)
 
 
@@ -406,14 +406,4 @@ def _normalize(x: Tensor) -> Tensor:
     return F.normalize(x.float(), dim=-1)
 
 
-def _as_prompt(prompt: Any) -> Any:
-    """A row of a tensor of boxes as a `Box`, anything else as it is."""
-    return Box(*prompt.tolist()) if isinstance(prompt, Tensor) and prompt.shape == (4,) else prompt
-
-
-def _has_text(prompt: Prompt) -> bool:
-    return isinstance(prompt, Text) or (isinstance(prompt, tuple) and any(isinstance(part, Text) for part in prompt))
-
-
-AutoConfig.register("cloc", ClocConfig)
 AutoModel.register(ClocConfig, ClocModel)

@@ -1,7 +1,8 @@
 """Loading what others saved: one rule for every model, configuration, tokenizer and processor that is opened.
 
 Only safetensors are read, no foreign code runs, weights must be complete and finite, and a tokenizer must fit its text
-tower.  What does not is a ValueError that names the folder, the file and the reason.
+tower.  What does not is a ValueError that names the folder, the file and the reason.  A folder is transformers' own, or
+OpenCLIP's (`open_clip.py`).
 """
 
 from __future__ import annotations
@@ -17,11 +18,19 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
-from opencloc.model import towers
+from opencloc.model import open_clip, towers
 
 # What older versions of transformers saved although it is computed: no sign of a wrong checkpoint.
 _COMPUTED = re.compile(r"(^|\.)embeddings\.position_ids$")
@@ -44,14 +53,30 @@ def model_path(path: str | Path) -> str:
 
 
 def load_config(path: str | Path) -> Any:
-    """The configuration of a checkpoint."""
+    """The configuration of a checkpoint.
+
+    Raises ValueError for an architecture that is not transformers' own and comes with code instead.
+    """
     name = model_path(path)
     with naming(path):
+        if open_clip.is_open_clip(path):
+            return open_clip.read_config(path)
+        raw, _ = PreTrainedConfig.get_config_dict(name)
+        if "auto_map" in raw and (kind := raw.get("model_type")) not in CONFIG_MAPPING:
+            raise ValueError(
+                f"{path}: transformers has no model type {kind!r}; it brings its own code (auto_map), which is "
+                "not run. If its weights are those of a CLIP, SigLIP or SigLIP 2, save them as that class"
+            )
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def load_model(kind: Any, path: str | Path, **options: Any) -> Any:
     """The model of class `kind` (transformers' or ours).  Raises as `load_weights` does."""
+    if kind is AutoModel and open_clip.is_open_clip(path):
+        with naming(path):
+            model = open_clip.load(path)
+        _check_finite(model, path)
+        return model
     return load_weights(kind.from_pretrained, path, **options)[0]
 
 
@@ -73,10 +98,14 @@ def load_weights(load: Callable[..., Any], path: str | Path, *args: Any, **optio
         names = sorted(n if isinstance(n, str) else n[0] for n in info.get(key) or ())
         if names := [name for name in names if not _COMPUTED.search(name)]:
             raise ValueError(f"{path}: {len(names)} {what} weights: {_some(names)}")
+    _check_finite(model, path)
+    return model, info
+
+
+def _check_finite(model: Any, path: str | Path) -> None:
     bad = [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
     if bad:
         raise ValueError(f"{path}: weights that are not finite: {_some(bad)}")
-    return model, info
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -84,7 +113,11 @@ def load_tokenizer(path: str | Path) -> Any:
 
     Whether it fits a text tower is for `check_tokenizer`.
     """
-    name = model_path(path)
+    name, options = model_path(path), {}
+    if open_clip.is_open_clip(path):
+        options = {"config": load_config(path)}  # by which transformers knows whose tokenizer it is
+        if not has_tokenizer_files(path) and (elsewhere := open_clip.tokenizer_name(path)):
+            path = name = model_path(elsewhere)
     check_tokenizer_files(path)
     with naming(path):
         declared = get_tokenizer_config(name).get("tokenizer_class")
@@ -92,16 +125,20 @@ def load_tokenizer(path: str | Path) -> Any:
         kind = (
             PreTrainedTokenizerFast if declared in ("PreTrainedTokenizerFast", "TokenizersBackend") else AutoTokenizer
         )
-        tokenizer = kind.from_pretrained(name, trust_remote_code=False)
+        tokenizer = kind.from_pretrained(name, trust_remote_code=False, **options)
     _check_reads(tokenizer, path)
     return tokenizer
 
 
 def check_tokenizer_files(path: str | Path) -> None:
     """Raises ValueError for a folder without a tokenizer: transformers would make one that knows no text."""
-    folder = Path(path)
-    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if Path(path).is_dir() and not has_tokenizer_files(path):
         raise ValueError(f"{path}: the tokenizer's files are missing ({', or '.join(_TOKENIZER_FILES)})")
+
+
+def has_tokenizer_files(folder: str | Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def load_processor(path: str | Path, kind: Any = AutoProcessor) -> Any:

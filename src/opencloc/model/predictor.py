@@ -18,10 +18,11 @@ from cachetools import LRUCache
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn import functional as F
 
 from opencloc.boxes import Letterbox, clipped_px
 from opencloc.devices import choose_device
-from opencloc.images import as_array, as_mask, open_image
+from opencloc.images import as_array, as_mask, mask_square, open_image
 from opencloc.model.cloc import ClocModel, ImageFeatures
 from opencloc.model.loading import load_config, load_model, load_processor
 from opencloc.model.processor import ClocProcessor
@@ -189,12 +190,7 @@ class Predictor:
                 raise ValueError(f"{prompt} does not lie in the image of {width} x {height} pixels")
             return Point(*image.letterbox.to_square(point / [width, height]).tolist())
         if isinstance(prompt, Mask):
-            mask = as_mask(prompt.mask, height, width)
-            side = max(mask.shape)
-            top, left = (side - height) // 2, (side - width) // 2
-            square = np.zeros((side, side), np.float32)
-            square[top : top + height, left : left + width] = mask
-            return Mask(torch.from_numpy(square))
+            return Mask(torch.from_numpy(mask_square(as_mask(prompt.mask, height, width))))
         if isinstance(prompt, Text):
             if not self.model.has_text_prompts:  # before the text is encoded for nothing
                 return prompt
@@ -256,6 +252,23 @@ class Predictor:
         width, height = image.image.size
         boxes = image.letterbox.to_image(square.cpu()).numpy() * np.array([width, height] * 2, dtype=np.float32)
         return boxes, self._presence(image, embeddings, square).cpu().numpy()
+
+    @torch.no_grad()
+    def heatmap(self, image: EncodedImage, texts: str | Sequence[str]) -> Float[np.ndarray, "P H W"]:
+        """Cosine of each text with every place of the image, in [-1, 1]: where in the image it is.
+
+        One value for each pixel of the image as the model sees it, its long side resized to the model's: between the
+        centres of patches the values are interpolated.  To lay it over the image, resize it to the image's size.
+        Raises ValueError where the model has no heat maps.
+        """
+        _check_encoded(image)
+        features, side = image.features, self.processor.image_size
+        heat = self.model.heatmap(features, self.embed_texts(texts)[None])[0].unflatten(-1, features.grid)
+        x0, y0, x1, y1 = (
+            round(edge * side) for edge in image.letterbox.to_square(torch.tensor([0.0, 0.0, 1.0, 1.0])).tolist()
+        )
+        square = F.interpolate(heat[None], (side, side), mode="bilinear", align_corners=False)[0]
+        return square[:, y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)].cpu().numpy()
 
     def _presence(
         self, image: EncodedImage, texts: Float[Tensor, "P E"], boxes: Float[Tensor, "P 4"]

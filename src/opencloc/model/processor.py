@@ -26,7 +26,7 @@ from transformers.utils import cached_file
 
 from opencloc.boxes import Letterbox
 from opencloc.images import MEAN_RGB, STD_RGB, letterbox_array, open_image
-from opencloc.model import loading, towers
+from opencloc.model import loading, open_clip, towers
 from opencloc.model.cloc import ClocConfig
 from opencloc.model.packing import PackedTexts, pack
 from opencloc.texts import canonical
@@ -267,7 +267,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
 
 
 def _image_settings(path: str | Path) -> dict[str, Any]:
-    """The image processor's settings of a checkpoint, whichever of transformers' two files holds them."""
+    """The image processor's settings of a checkpoint, from one of transformers' two files or OpenCLIP's."""
+    if open_clip.is_open_clip(path):
+        return open_clip.image_settings(path)
     for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
         if found is not None:

@@ -9,7 +9,6 @@ joint embedding, H heads.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -20,22 +19,13 @@ from torch.nn import functional as F
 from opencloc.model import towers
 from opencloc.model.prompts import PromptBatch, patch_centres, sinusoidal
 
-OFFSET_SCALE = 0.1  # of the centre's correction, in sides of the square: starts small beside the attention's mean
+INITIAL_LOG_SCALE = 2.6592  # of logits: ln(1 / 0.07), CLIP's
 SAMPLES_PER_BIN = 2  # of RoIAlign: sampling points per bin and axis
 FAR = 1e4  # penalty of what is not there, in patches
 
 
-@dataclass(frozen=True, kw_only=True)
-class PrompterOutput:
-    """`embedding`: z, not yet normalised.  `memory`: what the box head may look at (keys of the image tokens)."""
-
-    embedding: Float[Tensor, "B P E"]
-    memory: Float[Tensor, "B N D"]
-    kept: Int[Tensor, "B N"] | None = None  # the patches they are of; None: all
-
-
 class Prompter(nn.Module):
-    """Base of all forms: `prompter(tokens, prompts, kept) -> PrompterOutput`.
+    """Base of all forms: `prompter(tokens, prompts, kept) -> z`, (B, P, E), not yet normalised.
 
     `kept` says which patches the tokens are of, None that all are there.  A form is constructed with the width of the
     vision tower, the width of the joint embedding, the grid of patches and its `options`.
@@ -43,8 +33,16 @@ class Prompter(nn.Module):
 
     options: ClassVar[tuple[str, ...]] = ()  # fields of `ClocConfig` that its constructor takes; `clip`: the towers
     has_text_prompts: ClassVar[bool] = True  # and so can ground
+    has_patch_embeddings: ClassVar[bool] = True  # and so heat maps, which stand for its text prompts
     allows_patch_dropout: ClassVar[bool] = True
-    is_tower_pooling: ClassVar[bool] = False  # no weights of its own: reads `towers.pool_input`, keeps CLIP's scale
+    reads_pool_input: ClassVar[bool] = False  # besides the tokens it takes what `towers.pool` does, as `pool_input`
+    is_trained: ClassVar[bool] = True  # False: no weights of its own, and CLIP's scale
+
+    def patch_embeddings(
+        self, tokens: Float[Tensor, "B N D"], pool_input: Float[Tensor, "B L D"] | None = None
+    ) -> Float[Tensor, "B N E"]:
+        """Every patch on its own in the joint space, L2-normalised: its cosine with a text is the text's heat map."""
+        raise NotImplementedError
 
 
 class Mlp(nn.Sequential):
@@ -79,7 +77,7 @@ class CrossPrompter(Prompter):
     the cost per prompt does not grow with another pass over the image.  The spatial prior is an attention bias with a
     learnable slope per head.  The position basis is shared by patches and prompts but stays out of the values, and
     nothing of a prompt token itself goes on (no residual): a region embedding can only say what was attended to.
-    Values start as the image tokens themselves, which with the prior makes the start a mean over the box.
+    Values start as the image tokens themselves, which with the prior makes the start nearly the mean over the box.
     """
 
     options = ("prompter_heads", "prior_slope", "shared_positions")
@@ -113,12 +111,21 @@ class CrossPrompter(Prompter):
 
     def forward(
         self, tokens: Float[Tensor, "B N D"], prompts: PromptBatch, kept: Int[Tensor, "B N"] | None = None
-    ) -> PrompterOutput:
+    ) -> Float[Tensor, "B P E"]:
         content, memory = self.memory(tokens, kept)
         attention = self._attention(memory, prompts)
         x = self.out(self._values(attention, content))
         x = x + self.mlp(self.norm_mlp(x))
-        return PrompterOutput(embedding=self.projection(self.norm_out(x)), memory=memory, kept=kept)
+        return self.projection(self.norm_out(x))
+
+    def patch_embeddings(
+        self, tokens: Float[Tensor, "B N D"], pool_input: Float[Tensor, "B L D"] | None = None
+    ) -> Float[Tensor, "B N E"]:
+        """As `Prompter` says: the path of the values without the MLP, which is for what many patches say together."""
+        return F.normalize(self._of_each_patch(tokens).float(), dim=-1)
+
+    def _of_each_patch(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N E"]:
+        return self.projection(self.norm_out(self.out(self.value(self.memory.norm(tokens)))))
 
     def _attention(self, memory: Float[Tensor, "B N D"], prompts: PromptBatch) -> Float[Tensor, "B H P N"]:
         """Where each prompt looks: the mean over its tokens, since all that follows is linear up to the pooling."""
@@ -130,9 +137,9 @@ class CrossPrompter(Prompter):
             scores = scores + query @ bias[..., None]
         else:
             scores = query @ self._heads(self.key(memory)).transpose(-1, -2)
-        scores = scores.float() * query.shape[-1] ** -0.5
-        if self.log_slope is not None:
-            scores = scores - self.log_slope.exp()[:, None, None] * prompts.penalty.flatten(1, 2)[:, None]
+        asks, penalty = prompts.asks.flatten(1, 2)[:, None, :, None], prompts.penalty.flatten(1, 2)[:, None]
+        slope = 0.0 if self.log_slope is None else self.log_slope.exp()[:, None, None]
+        scores = scores.float() * query.shape[-1] ** -0.5 * asks - torch.where(asks, slope, 1.0) * penalty
         attention = scores.softmax(-1).unflatten(2, (count, num_tokens))
         return masked_mean(attention, prompts.valid[:, None]).to(memory.dtype)
 
@@ -152,6 +159,7 @@ class EncoderPrompter(Prompter):
     """The published form: prompt tokens before the image tokens, a single-head encoder layer, mean, projection."""
 
     options = ("shared_positions",)
+    has_patch_embeddings = False  # a patch means something only beside a prompt
 
     def __init__(self, width: int, embed_dim: int, grid: tuple[int, int], *, shared_positions: bool) -> None:
         super().__init__()
@@ -166,7 +174,7 @@ class EncoderPrompter(Prompter):
 
     def forward(
         self, tokens: Float[Tensor, "B N D"], prompts: PromptBatch, kept: Int[Tensor, "B N"] | None = None
-    ) -> PrompterOutput:
+    ) -> Float[Tensor, "B P E"]:
         _, memory = self.memory(tokens, kept)
         image = memory[:, None].expand(-1, prompts.tokens.shape[1], -1, -1)
         x = torch.cat([prompts.tokens.to(memory.dtype), image], dim=2)  # (B, P, K + N, D)
@@ -175,8 +183,7 @@ class EncoderPrompter(Prompter):
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=valid[:, :, None])
         x = x + self.attention_out(attended)
         x = x + self.mlp(self.norm_mlp(x))
-        z = self.projection(self.norm_out(masked_mean(x, valid)))
-        return PrompterOutput(embedding=z, memory=memory, kept=kept)
+        return self.projection(self.norm_out(masked_mean(x, valid)))
 
 
 class RoiPrompter(Prompter):
@@ -200,12 +207,17 @@ class RoiPrompter(Prompter):
 
     def forward(
         self, tokens: Float[Tensor, "B N D"], prompts: PromptBatch, kept: Int[Tensor, "B N"] | None = None
-    ) -> PrompterOutput:
-        memory, _ = self.memory(tokens)
-        feature_map = memory.transpose(1, 2).unflatten(-1, self.grid)
-        x = roi_align(feature_map, prompts.boxes, self.roi_size).mean((-1, -2))
-        x = x + self.mlp(self.norm_mlp(x))
-        return PrompterOutput(embedding=self.projection(self.norm_out(x)), memory=memory)
+    ) -> Float[Tensor, "B P E"]:
+        feature_map = self.memory(tokens)[0].transpose(1, 2).unflatten(-1, self.grid)
+        return self._project(roi_align(feature_map, prompts.boxes, self.roi_size).mean((-1, -2)))
+
+    def patch_embeddings(
+        self, tokens: Float[Tensor, "B N D"], pool_input: Float[Tensor, "B L D"] | None = None
+    ) -> Float[Tensor, "B N E"]:
+        return F.normalize(self._project(self.memory.norm(tokens)).float(), dim=-1)
+
+    def _project(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S E"]:
+        return self.projection(self.norm_out(x + self.mlp(self.norm_mlp(x))))
 
 
 class PoolPrompter(Prompter):
@@ -216,7 +228,8 @@ class PoolPrompter(Prompter):
 
     options = ("clip", "prior_slope")
     has_text_prompts = False
-    is_tower_pooling = True
+    reads_pool_input = True
+    is_trained = False
 
     def __init__(
         self, width: int, embed_dim: int, grid: tuple[int, int], *, clip: Any, prior_slope: float | None
@@ -228,11 +241,74 @@ class PoolPrompter(Prompter):
         self._clip = (clip,)  # in a tuple: the towers are the model's, not a part of the Prompter
 
     def forward(
-        self, tokens: Float[Tensor, "B L D"], prompts: PromptBatch, kept: Int[Tensor, "B N"] | None = None
-    ) -> PrompterOutput:
-        penalty = prompts.penalty.masked_fill(~prompts.valid[..., None], FAR).amin(2)  # of the nearest part
-        embedding = towers.pool(self._clip[0], tokens, -self.slope * penalty)
-        return PrompterOutput(embedding=embedding, memory=tokens[:, -penalty.shape[-1] :], kept=kept)
+        self,
+        tokens: Float[Tensor, "B N D"],
+        prompts: PromptBatch,
+        kept: Int[Tensor, "B N"] | None = None,
+        pool_input: Float[Tensor, "B L D"] | None = None,
+    ) -> Float[Tensor, "B P E"]:
+        assert pool_input is not None
+        penalty = torch.where(prompts.asks[..., None], self.slope, 1.0) * prompts.penalty
+        penalty = penalty.masked_fill(~prompts.valid[..., None], FAR).amin(2)  # of the nearest part
+        return towers.pool(self._clip[0], pool_input, -penalty)
+
+    def patch_embeddings(
+        self, tokens: Float[Tensor, "B N D"], pool_input: Float[Tensor, "B L D"] | None = None
+    ) -> Float[Tensor, "B N E"]:
+        assert pool_input is not None
+        return F.normalize(towers.patch_embeddings(self._clip[0], pool_input).float(), dim=-1)
+
+
+class PoolCrossPrompter(Prompter):
+    """`pool` and, beside it, a `cross` whose last projection starts at zero.
+
+    On the first day it is `pool`, whatever the checkpoint; training adds what the tower's pooling does not say.
+    """
+
+    options = ("clip", "prompter_heads", "prior_slope", "shared_positions")
+    reads_pool_input = True
+
+    def __init__(
+        self,
+        width: int,
+        embed_dim: int,
+        grid: tuple[int, int],
+        *,
+        clip: Any,
+        prompter_heads: int,
+        prior_slope: float | None,
+        shared_positions: bool,
+    ) -> None:
+        super().__init__()
+        self.pool = PoolPrompter(width, embed_dim, grid, clip=clip, prior_slope=prior_slope)
+        self.cross = CrossPrompter(
+            width,
+            embed_dim,
+            grid,
+            prompter_heads=prompter_heads,
+            prior_slope=prior_slope,
+            shared_positions=shared_positions,
+        )
+
+    @property
+    def memory(self) -> Memory:
+        return self.cross.memory
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "B N D"],
+        prompts: PromptBatch,
+        kept: Int[Tensor, "B N"] | None = None,
+        pool_input: Float[Tensor, "B L D"] | None = None,
+    ) -> Float[Tensor, "B P E"]:
+        pooled = F.normalize(self.pool(tokens, prompts, kept, pool_input).float(), dim=-1)
+        return pooled + self.cross(tokens, prompts, kept)
+
+    def patch_embeddings(
+        self, tokens: Float[Tensor, "B N D"], pool_input: Float[Tensor, "B L D"] | None = None
+    ) -> Float[Tensor, "B N E"]:
+        pooled = self.pool.patch_embeddings(tokens, pool_input)
+        return F.normalize(pooled + self.cross._of_each_patch(tokens).float(), dim=-1)
 
 
 PROMPTERS: dict[str, type[Prompter]] = {
@@ -240,6 +316,7 @@ PROMPTERS: dict[str, type[Prompter]] = {
     "encoder": EncoderPrompter,
     "roi": RoiPrompter,
     "pool": PoolPrompter,
+    "pool_cross": PoolCrossPrompter,
 }
 
 
@@ -253,38 +330,38 @@ class MlpBoxHead(nn.Module):
         super().__init__()
         self.mlp = Mlp(embed_dim, hidden, 4)
 
-    def forward(self, output: PrompterOutput) -> Float[Tensor, "B P 4"]:
-        return self.mlp(F.normalize(output.embedding, dim=-1) * output.embedding.shape[-1] ** 0.5).float()
+    def forward(self, z: Float[Tensor, "B P E"]) -> Float[Tensor, "B P 4"]:
+        return self.mlp(F.normalize(z, dim=-1) * z.shape[-1] ** 0.5).float()
 
 
-class AnchoredBoxHead(nn.Module):
-    """A box read off an attention map: its centre is the mean position under the map, corrected by an MLP.
+class DenseBoxHead(nn.Module):
+    """A box for every patch, and the text says which patches count.
 
-    z asks the image tokens where it is.  A 2-layer GELU MLP on z and on what was attended to adds a small offset to the
-    centre and gives width and height by a sigmoid.  Differs from the paper's head, which has to regress the place from
-    z alone.
+    Every patch says how far the thing that it belongs to reaches to the left, top, right and bottom of its centre: a
+    2-layer GELU MLP with softplus, in sides of the square.  A text y gives every patch the weight
+    softmax_n(s * f_T(y) . e_n), with e_n the patch's embedding in the joint space (`CrossPrompter.patch_embeddings`)
+    and s learned; its box is the weighted mean of the patches' boxes.  So finding and naming train one alignment.
+    Differs from the paper's head, which has to regress the place from one vector.
     """
 
-    def __init__(self, width: int, embed_dim: int, grid: tuple[int, int]) -> None:
+    def __init__(self, width: int, grid: tuple[int, int]) -> None:
         super().__init__()
         self.grid = grid
-        self.query = nn.Linear(embed_dim, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.mlp = Mlp(embed_dim + width, width, 4)
+        self.mlp = Mlp(width, width, 4)
+        self.log_scale = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
 
-    def forward(self, output: PrompterOutput) -> Float[Tensor, "B P 4"]:
-        z = F.normalize(output.embedding, dim=-1) * output.embedding.shape[-1] ** 0.5
-        query = self.query(z)
-        # the projections of keys and values are carried to the side of the prompts, which are fewer than the patches
-        scores = (query @ self.key.weight) @ output.memory.transpose(-1, -2) + query @ self.key.bias[:, None]
-        attention = (scores.float() * query.shape[-1] ** -0.5).softmax(-1)  # (B, P, N)
-        attended = self.value(attention.to(output.memory.dtype) @ output.memory)
-        offset, size = self.mlp(torch.cat([z, attended], -1)).float().chunk(2, dim=-1)
-        centres = patch_centres(self.grid, attention.device)
-        centre = attention @ (centres if output.kept is None else centres[output.kept]) + OFFSET_SCALE * offset
-        half = (size - 1).sigmoid() / 2  # a quarter of the side at the start
-        return torch.cat([centre - half, centre + half], -1)
+    def heat(self, texts: Float[Tensor, "B P E"], patches: Float[Tensor, "B N E"]) -> Float[Tensor, "B P N"]:
+        """Logits of each text's heat map over the patches; both L2-normalised."""
+        return self.log_scale.exp() * (texts.float() @ patches.float().transpose(1, 2))
+
+    def forward(
+        self, heat: Float[Tensor, "B P N"], memory: Float[Tensor, "B N D"], kept: Int[Tensor, "B N"] | None = None
+    ) -> Float[Tensor, "B P 4"]:
+        """The box of each text, from the logits of its heat map and the image tokens (with positions)."""
+        centres = patch_centres(self.grid, heat.device)
+        centres = centres if kept is None else centres[kept]
+        near, far = F.softplus(self.mlp(memory).float() - 2).chunk(2, dim=-1)  # an eighth of the side at the start
+        return heat.softmax(-1) @ torch.cat([centres - near, centres + far], -1)
 
 
 def roi_align(

@@ -1,12 +1,13 @@
 """Prompts: what a user points with, and the tokens and spatial priors it becomes.
 
-A prompt is one or more tokens, each with a spatial prior over the patches of the image: a penalty >= 0, in patches,
-that says how far a patch lies from what the prompt points at.
+A prompt is one or more tokens, each with a spatial prior over the patches of the image: a penalty that says how far a
+patch lies from what the prompt points at, and that attention subtracts from its scores.
 
-* box: two corner tokens (paper section 3.2), penalty = distance of the patch centre outside the box;
+* box: two corner tokens (paper section 3.2), penalty = -log of the share of the patch that the box covers;
+* mask: the corner tokens of its bounding box, the same penalty;
 * point: one token, penalty = r^2 / 2 with r the distance in patches (a Gaussian of one patch);
-* mask: the corner tokens of its bounding box, penalty = distance to the nearest covered patch;
-* text: one token made of f_T(y), no penalty;
+* text: one token that has only a penalty, minus the logits of the text's heat map (`Heat`); where the Prompter cannot
+  make one, a token made of f_T(y), without a penalty;
 * several prompts in a tuple: their tokens, side by side, make one prompt.
 
 Patches and corners share one sinusoidal position basis.  Here all coordinates are in the frame of the letterboxed
@@ -19,7 +20,7 @@ joint embedding.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -28,6 +29,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 MIN_CYCLES = 0.25  # lowest frequency of the position basis, in cycles per image
+LEAST_SHARE = 0.01  # of a patch, beside the patch that a region covers most
+OUTSIDE = math.exp(1.5)  # penalty per patch of distance where a region covers nothing
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,13 @@ class Text:
     text: str | Tensor
 
 
+@dataclass(frozen=True)
+class Heat:
+    """A text as one image answers it: logits over the patches, shape (N,).  `ClocModel` makes it of a `Text`."""
+
+    logits: Tensor
+
+
 Prompt = Box | Point | Mask | Text | tuple[Box | Point | Mask | Text, ...]
 
 
@@ -79,6 +89,7 @@ class PromptBatch:
     tokens: Float[Tensor, "B P K D"]
     penalty: Float[Tensor, "B P K N"]
     valid: Bool[Tensor, "B P K"]  # False where a token is padding
+    asks: Bool[Tensor, "B P K"]  # False where a token has only its prior: attention is then softmax(-penalty)
     boxes: Float[Tensor, "B P 4"]  # extent of the prompt; the whole square for a text
 
     def over(self, kept: Int[Tensor, "B N_kept"]) -> PromptBatch:
@@ -109,24 +120,43 @@ def patch_centres(grid: tuple[int, int], device: torch.device | None = None) -> 
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 2)
 
 
+def coverage_penalty(coverage: Float[Tensor, "*S N"], distance: Float[Tensor, "*S N"]) -> Float[Tensor, "*S N"]:
+    """The penalty of a region, from the share of every patch that it covers: -log(share / largest share).
+
+    With it as attention bias and nothing else, attention is the area-weighted mean over the region.  Shares under 1 %
+    of the largest count as 1 %.  A patch without any share pays `OUTSIDE` more for each patch of `distance` to the
+    nearest patch that has one.
+    """
+    share = coverage / coverage.amax(-1, keepdim=True).clamp_min(1e-12)
+    return torch.where(coverage > 0, 0.0, OUTSIDE * distance) - share.clamp_min(LEAST_SHARE).log()
+
+
 def box_penalty(boxes: Float[Tensor, "*S 4"], grid: tuple[int, int]) -> Float[Tensor, "*S N"]:
-    """Distance of every patch centre to the box, in patches; 0 inside."""
-    centres, boxes = patch_centres(grid, boxes.device), boxes.float()[..., None, :]
-    outside = torch.maximum(boxes[..., :2] - centres, centres - boxes[..., 2:]).clamp_min(0)
-    return _in_patches(outside, grid).square().sum(-1).sqrt()  # torch.linalg upsets autocast
-
-
-def point_penalty(points: Float[Tensor, "*S 2"], grid: tuple[int, int]) -> Float[Tensor, "*S N"]:
-    """Half the squared distance of every patch centre to the point, in patches."""
-    offset = points.float()[..., None, :] - patch_centres(grid, points.device)
-    return _in_patches(offset, grid).square().sum(-1) / 2
+    """`coverage_penalty` of boxes."""
+    covered, away = [], []  # along x and y: the share of each column (row), and how far it lies from one with a share
+    for axis, count in ((0, grid[1]), (1, grid[0])):
+        edge = torch.arange(count, device=boxes.device)
+        low, high = (boxes.float()[..., axis + side, None] * count for side in (0, 2))
+        share = (torch.minimum(high, edge + 1) - torch.maximum(low, edge)).clamp_min(0)
+        covered.append(share)
+        away.append(torch.maximum(low.floor() - edge, edge + 1 - high.ceil()).clamp_min(0))
+    coverage = covered[1][..., :, None] * covered[0][..., None, :]
+    distance = (away[1][..., :, None].square() + away[0][..., None, :].square()).sqrt()
+    return coverage_penalty(coverage.flatten(-2), distance.flatten(-2))
 
 
 def mask_penalty(mask: Float[Tensor, "H W"], grid: tuple[int, int]) -> Float[Tensor, " N"]:
-    """Distance in patches to the nearest covered patch, a patch half covered counting as half a patch away."""
+    """`coverage_penalty` of a mask."""
     coverage = nn.functional.adaptive_avg_pool2d(mask.float()[None, None], grid).flatten()
     centres = _in_patches(patch_centres(grid, mask.device), grid)
-    return (torch.cdist(centres, centres) + (1 - coverage)).amin(-1)
+    distance = torch.cdist(centres, centres).masked_fill(coverage <= 0, float("inf")).amin(-1)
+    return coverage_penalty(coverage, distance)
+
+
+def point_penalty(points: Float[Tensor, "*S 2"], grid: tuple[int, int]) -> Float[Tensor, "*S N"]:
+    """Half the squared distance of every patch centre to the point, in patches: a Gaussian of one patch."""
+    offset = points.float()[..., None, :] - patch_centres(grid, points.device)
+    return _in_patches(offset, grid).square().sum(-1) / 2
 
 
 def mask_box(mask: Tensor) -> Float[Tensor, " 4"]:
@@ -158,16 +188,48 @@ def check_boxes(boxes: Tensor) -> None:
         )
 
 
-class PromptEncoder(nn.Module):
-    """Prompts -> tokens and priors.  One private method per kind of prompt."""
+def as_prompt(prompt: Any) -> Any:
+    """A row of a tensor of boxes as a `Box`, anything else as it is."""
+    return Box(*prompt.tolist()) if isinstance(prompt, Tensor) and prompt.shape == (4,) else prompt
 
-    def __init__(self, width: int, embed_dim: int, grid: tuple[int, int]) -> None:
+
+def has_text(prompt: Prompt) -> bool:
+    return isinstance(prompt, Text) or (isinstance(prompt, tuple) and any(isinstance(part, Text) for part in prompt))
+
+
+def replace_texts(prompt: Prompt, other: Callable[[Text], Any]) -> Any:
+    """The prompt with `other(text)` in place of every text."""
+    if isinstance(prompt, tuple):
+        return tuple(replace_texts(part, other) for part in prompt)
+    return other(prompt) if isinstance(prompt, Text) else prompt
+
+
+def check_text(prompt: Text, embed_dim: int) -> Float[Tensor, " E"]:
+    """The embedding of a text prompt.  Raises ValueError if it has another shape than (E,) or is not finite."""
+    text = prompt.text
+    if not isinstance(text, Tensor):
+        raise TypeError(f"{prompt!r}: ClocModel takes texts as embeddings by encode_text; Predictor takes strings")
+    if text.shape != (embed_dim,):
+        raise ValueError(f"a text embedding has shape ({embed_dim},), this one {tuple(text.shape)}")
+    if not torch.isfinite(text).all():
+        raise ValueError("a text embedding holds values that are not finite")
+    return text
+
+
+class PromptEncoder(nn.Module):
+    """Prompts -> tokens and priors.  One private method per kind of prompt.
+
+    `text_tokens`: texts become tokens by weights of their own; else they are only taken as heat maps.
+    """
+
+    def __init__(self, width: int, embed_dim: int, grid: tuple[int, int], *, text_tokens: bool = True) -> None:
         super().__init__()
         self.width, self.grid = width, grid
         self.corner_kind = nn.Parameter(torch.zeros(2, width))  # top left, bottom right
         self.point_kind = nn.Parameter(torch.zeros(width))
-        self.text_kind = nn.Parameter(torch.zeros(width))
-        self.text_projection = nn.Linear(embed_dim, width)
+        if text_tokens:
+            self.text_kind = nn.Parameter(torch.zeros(width))
+            self.text_projection = nn.Linear(embed_dim, width)
 
     def basis(self, xy: Float[Tensor, "*S 2"]) -> Float[Tensor, "*S D"]:
         """Position basis shared by prompts and patches."""
@@ -182,7 +244,7 @@ class PromptEncoder(nn.Module):
         boxes = boxes.nan_to_num(0.0, 1.0, 0.0)
         tokens = self.basis(boxes.reshape(batch, count, 2, 2)) + self.corner_kind
         penalty = box_penalty(boxes, self.grid)[:, :, None].expand(-1, -1, 2, -1)
-        return PromptBatch(tokens=tokens, penalty=penalty, valid=_all_valid(tokens), boxes=boxes.float())
+        return PromptBatch(tokens=tokens, penalty=penalty, valid=_all(tokens), asks=_all(tokens), boxes=boxes.float())
 
     def texts(self, embeddings: Float[Tensor, "B P E"]) -> PromptBatch:
         """Text prompts, from L2-normalised embeddings f_T(y)."""
@@ -192,10 +254,22 @@ class PromptEncoder(nn.Module):
         penalty = torch.zeros(batch, count, 1, self.grid[0] * self.grid[1], device=tokens.device)
         corner = penalty.new_zeros(batch, count, 2)
         whole = torch.cat([corner, corner + 1], -1)
-        return PromptBatch(tokens=tokens, penalty=penalty, valid=_all_valid(tokens), boxes=whole)
+        return PromptBatch(tokens=tokens, penalty=penalty, valid=_all(tokens), asks=_all(tokens), boxes=whole)
 
-    def forward(self, prompts: Sequence[Sequence[Prompt]]) -> PromptBatch:
-        """Any prompts, any number per image; images with fewer get padding (its tokens are not valid)."""
+    def heat(self, heat: Float[Tensor, "B P N"]) -> PromptBatch:
+        """Text prompts, from the logits of the texts' heat maps over the patches."""
+        tokens = torch.zeros(*heat.shape[:2], 1, self.width, device=heat.device, dtype=self.corner_kind.dtype)
+        corner = heat.new_zeros(*heat.shape[:2], 2)
+        return PromptBatch(
+            tokens=tokens,
+            penalty=-heat[:, :, None].float(),
+            valid=_all(tokens),
+            asks=~_all(tokens),
+            boxes=torch.cat([corner, corner + 1], -1).float(),
+        )
+
+    def forward(self, prompts: Sequence[Sequence[Any]]) -> PromptBatch:
+        """Any prompts (`Heat` among them), any number per image; images with fewer get padding, which is not valid."""
         rows = [[self._one(prompt) for prompt in image] for image in prompts]
         device = self.corner_kind.device
         count = max((len(row) for row in rows), default=0)
@@ -204,26 +278,27 @@ class PromptEncoder(nn.Module):
             tokens=torch.zeros(1, 1, 0, self.width, device=device),
             penalty=torch.zeros(1, 1, 0, self.grid[0] * self.grid[1], device=device),
             valid=torch.zeros(1, 1, 0, dtype=torch.bool, device=device),
+            asks=torch.zeros(1, 1, 0, dtype=torch.bool, device=device),
             boxes=torch.tensor([0.0, 0.0, 1.0, 1.0], device=device).reshape(1, 1, 4),
         )
         padded = [[_pad_tokens(p, num_tokens) for p in [*row, *[empty] * (count - len(row))]] for row in rows]
         if count == 0:
             blank = _pad_tokens(empty, 1)
-            shape = {"tokens": blank.tokens, "penalty": blank.penalty, "valid": blank.valid, "boxes": blank.boxes}
-            return PromptBatch(**{k: v[:, :0].expand(len(rows), *v[:, :0].shape[1:]) for k, v in shape.items()})
+            return PromptBatch(**{k: v[:, :0].expand(len(rows), *v[:, :0].shape[1:]) for k, v in vars(blank).items()})
         return concatenate([concatenate(row, dim=1) for row in padded], dim=0)
 
-    def _one(self, prompt: Prompt) -> PromptBatch:
+    def _one(self, prompt: Any) -> PromptBatch:
         if isinstance(prompt, tuple):
             if not prompt:
                 raise ValueError("a combined prompt needs at least one part")
             parts = [self._one(part) for part in prompt]
-            places = [part.boxes for part, p in zip(parts, prompt, strict=True) if not isinstance(p, Text)]
+            places = [part.boxes for part, p in zip(parts, prompt, strict=True) if not isinstance(p, Text | Heat)]
             corners = torch.stack(places or [parts[0].boxes])
             return PromptBatch(
                 tokens=torch.cat([p.tokens for p in parts], 2),
                 penalty=torch.cat([p.penalty for p in parts], 2),
                 valid=torch.cat([p.valid for p in parts], 2),
+                asks=torch.cat([p.asks for p in parts], 2),
                 boxes=torch.cat([corners[..., :2].amin(0), corners[..., 2:].amax(0)], -1),
             )
         if isinstance(prompt, Box):
@@ -234,13 +309,11 @@ class PromptEncoder(nn.Module):
             return self._point(prompt)
         if isinstance(prompt, Mask) and isinstance(prompt.mask, Tensor):
             return self._mask(prompt.mask.to(self.corner_kind.device))
+        if isinstance(prompt, Heat):
+            return self.heat(prompt.logits[None, None])
         if isinstance(prompt, Text) and isinstance(prompt.text, Tensor):
-            if prompt.text.shape != (self.text_projection.in_features,):
-                shape = tuple(prompt.text.shape)
-                raise ValueError(f"a text embedding has shape ({self.text_projection.in_features},), this one {shape}")
-            if not torch.isfinite(prompt.text).all():
-                raise ValueError("a text embedding holds values that are not finite")
-            return self.texts(prompt.text.to(self.corner_kind.device)[None, None])
+            text = check_text(prompt, self.text_projection.in_features)
+            return self.texts(text.to(self.corner_kind.device)[None, None])
         raise TypeError(
             f"{prompt!r} is no prompt: ClocModel takes Box, Point, Mask (of a tensor), Text (of an embedding by "
             "encode_text) and tuples of them; Predictor takes strings and other masks too"
@@ -260,12 +333,12 @@ class PromptEncoder(nn.Module):
         half = xy.new_tensor([0.5 / self.grid[1], 0.5 / self.grid[0]])
         box = torch.cat([xy - half, xy + half], -1).clamp(0, 1)
         penalty = point_penalty(xy, self.grid)[:, :, None]
-        return PromptBatch(tokens=tokens, penalty=penalty, valid=_all_valid(tokens), boxes=box)
+        return PromptBatch(tokens=tokens, penalty=penalty, valid=_all(tokens), asks=_all(tokens), boxes=box)
 
     def _mask(self, mask: Tensor) -> PromptBatch:
         as_box = self.boxes(mask_box(mask)[None, None])
         penalty = mask_penalty(mask, self.grid)[None, None, None].expand(-1, -1, 2, -1)
-        return PromptBatch(tokens=as_box.tokens, penalty=penalty, valid=as_box.valid, boxes=as_box.boxes)
+        return replace(as_box, penalty=penalty)
 
 
 def concatenate(batches: Sequence[PromptBatch], dim: int) -> PromptBatch:
@@ -276,6 +349,7 @@ def concatenate(batches: Sequence[PromptBatch], dim: int) -> PromptBatch:
         tokens=torch.cat([b.tokens for b in batches], dim),
         penalty=torch.cat([b.penalty for b in batches], dim),
         valid=torch.cat([b.valid for b in batches], dim),
+        asks=torch.cat([b.asks for b in batches], dim),
         boxes=torch.cat([b.boxes for b in batches], dim),
     )
 
@@ -289,11 +363,12 @@ def _pad_tokens(batch: PromptBatch, num_tokens: int) -> PromptBatch:
         tokens=pad(batch.tokens, (0, 0, 0, missing)),
         penalty=pad(batch.penalty, (0, 0, 0, missing)),
         valid=pad(batch.valid, (0, missing)),
+        asks=pad(batch.asks, (0, missing)),
         boxes=batch.boxes,
     )
 
 
-def _all_valid(tokens: Tensor) -> Tensor:
+def _all(tokens: Tensor) -> Tensor:
     return torch.ones(tokens.shape[:3], dtype=torch.bool, device=tokens.device)
 
 

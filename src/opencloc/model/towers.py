@@ -129,14 +129,30 @@ def text_forward(towers: Any, texts: Int[Tensor, "U T"] | PackedTexts) -> Float[
 
 
 def dense_embedding(towers: Any, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N E"]:
-    """Every patch token on its own through the tower's pooling and projection: CLIP's only dense features.
+    """Every patch token on its own through the tower's pooling and projection.
 
     CLIP: final norm and projection, made for the class token.  SigLIP: the pooling head attending to one token only.
     """
     if towers.config.model_type == "clip":
         return towers.visual_projection(towers.vision_model.post_layernorm(tokens))
-    batch, count, width = tokens.shape
-    return towers.vision_model.head(tokens.reshape(batch * count, 1, width)).reshape(batch, count, -1)
+    return patch_embeddings(towers, tokens)
+
+
+def patch_embeddings(towers: Any, tokens: Float[Tensor, "B L D"]) -> Float[Tensor, "B N E"]:
+    """Every patch in the joint space, not normalised: what the tower's pooling would read off that patch alone.
+
+    `tokens`: what the pooling reads (`recorded_pool_input`).  The value path of its attention (MaskCLIP, Zhou et al.
+    2022, arXiv 2112.01071).  CLIP: of the last layer, without residual and MLP, then final norm and projection.
+    SigLIP: of the pooling head, with the head's MLP.
+    """
+    if towers.config.model_type == "clip":
+        layer = towers.vision_model.encoder.layers[-1]
+        values = layer.self_attn.out_proj(layer.self_attn.v_proj(layer.layer_norm1(tokens[:, 1:])))
+        return towers.visual_projection(towers.vision_model.post_layernorm(values))
+    head = towers.vision_model.head
+    weight, bias = (x.chunk(3)[2] for x in (head.attention.in_proj_weight, head.attention.in_proj_bias))
+    x = head.attention.out_proj(torch.nn.functional.linear(tokens, weight, bias))
+    return x + head.mlp(head.layernorm(x))
 
 
 @contextmanager

@@ -32,6 +32,7 @@ def build_model(
     """
     model, processor = _build(config, sources, resume_from)
     model.config.regions_trained |= config.loss.region_weight > 0
+    model.config.grounding_trained |= config.loss.region_weight * config.loss.grounding_weight > 0
     model.float()  # weights are fp32 whatever the checkpoint was saved in; `precision` says what is computed in
     model.set_attn_implementation(config.model.attention)
     apply_options(model, config)
@@ -74,7 +75,7 @@ def _build(
         name: getattr(model_config, name)
         for name in ("prompter", "prompter_heads", "prior_slope", "shared_positions", "box_head")
     }
-    region["regions_trained"] = False  # `build_model` says otherwise where the loss has regions
+    region |= {"regions_trained": False, "grounding_trained": False}  # `build_model` knows what the loss trains
     if model_config.init_from is not None:
         kind = load_config(model_config.init_from).model_type
         if kind == "cloc":

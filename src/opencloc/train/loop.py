@@ -38,7 +38,7 @@ from opencloc.train.checkpoint import load_checkpoint, save_checkpoint, save_mod
 from opencloc.train.distributed import ALONE, Agreement, Ranks, clip_gradients, gradient_sync, process_ranks, spread
 from opencloc.train.folder import run_folder
 from opencloc.train.log import RunLog
-from opencloc.train.optim import learning_rate, make_optimizer
+from opencloc.train.optim import learning_rate, make_optimizer, set_learning_rate, set_trained_parts
 
 
 class Interrupted(Exception):
@@ -77,7 +77,7 @@ def run(config: TrainConfig, ranks: Ranks, device: torch.device, resume_from: Pa
     side = image_size(config, resume_from)
     sources = [open_source(spec, image_px=side) for spec in config.data.train]
     model, processor = build_model(config, sources, resume_from)
-    model.train()
+    set_trained_parts(model, config.optim.lr_factors)
     model.to(device)  # pyright: ignore[reportArgumentType]
     parallel = spread(model, ranks, config.sharding)  # computes; `model` holds the parameters
     num_patches = model.grid[0] * model.grid[1]
@@ -91,6 +91,8 @@ def run(config: TrainConfig, ranks: Ranks, device: torch.device, resume_from: Pa
         keep_patches=(config.data.kept_patches(num_patches), num_patches) if config.data.patch_dropout else None,
     )
     optimizer = make_optimizer(model, config.optim)
+    # between two frozen towers the image-text loss has no gradient: it is neither computed nor reported
+    learns_captions = model.clip.logit_scale.requires_grad
     step, skipped = 0, Counter[str]()  # every rank counts what it skips; a checkpoint holds the sum
     if resume_from is not None:
         state = load_checkpoint(resume_from, model, optimizer)
@@ -133,9 +135,10 @@ def run(config: TrainConfig, ranks: Ranks, device: torch.device, resume_from: Pa
             waited = time.perf_counter() - started
 
             lr = learning_rate(step, config.steps, config.optim)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            loss, output = backward(parallel, batch, config.loss, config.micro_batch_size, bf16=bf16, ranks=ranks)
+            set_learning_rate(optimizer, lr)
+            loss, output = backward(
+                parallel, batch, config.loss, config.micro_batch_size, bf16=bf16, ranks=ranks, captions=learns_captions
+            )
             grad_norm = clip_gradients(model, config.optim.grad_clip)
             optimizer.step()
             model.bound_scales()
@@ -168,8 +171,9 @@ def backward(
     *,
     bf16: bool = False,
     ranks: Ranks = ALONE,
+    captions: bool = True,
 ) -> tuple[ClocLoss, ClocOutput]:
-    """Loss of the batch (of all ranks); its gradients are added to the model's.
+    """Loss of the batch (of all ranks); its gradients are added to the model's.  Without `captions`, of its regions.
 
     In micro-batches the contrastive batch stays whole (gradient caching, Gao et al. 2021): embeddings of all
     micro-batches first, without a graph; the loss of the whole batch and its gradients with respect to them; then each
@@ -178,7 +182,7 @@ def backward(
     size = min(micro_batch_size or len(batch.pixel_values), len(batch.pixel_values))
     pieces = [batch] if (one := size == len(batch.pixel_values)) else batch.split(size)
     with torch.set_grad_enabled(one):
-        outputs = [fields(forward(model, piece, config, bf16)) for piece in pieces]
+        outputs = [fields(forward(model, piece, config, bf16, captions)) for piece in pieces]
     cached = {
         name: (torch.cat([o[name].detach() for o in outputs]) if value.ndim else value.detach()).requires_grad_()
         for name, value in outputs[0].items()
@@ -191,20 +195,24 @@ def backward(
     rows = [len(piece.pixel_values) for piece in pieces]
     for i, piece in enumerate(pieces):
         with gradient_sync(model, wanted=i == len(pieces) - 1):
-            part = outputs[i] if one else fields(forward(model, piece, config, bf16))
+            part = outputs[i] if one else fields(forward(model, piece, config, bf16, captions))
             # a scale belongs to all pieces alike
             given = {name: g.split(rows)[i] if g.ndim else g / len(pieces) for name, g in gradients.items()}
-            torch.autograd.backward([part[name] for name in given], list(given.values()))
+            learns = [name for name in given if part[name].requires_grad]  # not what frozen towers give
+            torch.autograd.backward([part[name] for name in learns], [given[name] for name in learns])
     return loss, output
 
 
-def forward(model: nn.Module, batch: Batch, config: LossConfig, bf16: bool = False) -> ClocOutput:
+def forward(
+    model: nn.Module, batch: Batch, config: LossConfig, bf16: bool = False, captions: bool = True
+) -> ClocOutput:
     """The model's output for a batch; without regions if they have no weight."""
     # a context for every pass: casts that autocast keeps from a pass without a graph would have none in the next
     with torch.autocast(batch.pixel_values.device.type, torch.bfloat16, enabled=bf16):
         if config.region_weight == 0:
             return model(batch.pixel_values, batch.input_ids, kept=batch.kept)
-        return model(batch.pixel_values, batch.input_ids, batch.boxes, batch.text_ids, batch.text_index, batch.kept)
+        ids = batch.input_ids if captions else None
+        return model(batch.pixel_values, ids, batch.boxes, batch.text_ids, batch.text_index, batch.kept)
 
 
 def fields(output: ClocOutput) -> dict[str, Tensor]:

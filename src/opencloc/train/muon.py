@@ -77,7 +77,8 @@ class Muon(torch.optim.AdamW):
             update = orthogonalize(direction)
         values = [local(parameter) for parameter in parameters]
         torch._foreach_mul_(values, 1 - lr * weight_decay)
-        torch._foreach_add_(values, list(update.to(first.dtype)), alpha=-lr * RMS * max(first.shape) ** 0.5)
+        step = update.to(first.dtype) * (RMS * max(first.shape) ** 0.5)
+        torch._foreach_add_(values, list(step), alpha=-lr)
 
 
 def local(tensor: Any) -> Tensor:

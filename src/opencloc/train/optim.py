@@ -1,16 +1,18 @@
-"""The optimizers and the learning-rate schedule: AdamW (paper section 4.1), or Muon for the layers' matrices."""
+"""What is trained and how fast: the parts, the groups of their parameters, and the learning-rate schedule.
+
+AdamW is the paper's optimizer (section 4.1); Muon, for the layers' matrices, is in `opencloc.train.muon`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from opencloc.config import OptimConfig
+from opencloc.config import LrFactors, OptimConfig
+from opencloc.train.muon import Muon
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
@@ -21,76 +23,71 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     return config.lr * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives every group the rate times the factor of its part."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
+
+
+def lr_factor(name: str, factors: LrFactors) -> float:
+    """The factor of the learning rate of a parameter of `ClocModel`, by its name.
+
+    Whatever is neither a tower's nor a box head's is the Prompter's: its prompts and the temperature of regions too.
+    The temperature of images is both towers', and trains if one of them does.
+    """
+    if "box_head." in name:
+        return factors.heads
+    if "clip." not in name:
+        return factors.prompter
+    if "vision_model." in name or "visual_projection." in name:
+        return factors.vision_tower
+    if "text_model." in name or "text_projection." in name:
+        return factors.text_tower
+    return max(factors.vision_tower, factors.text_tower)
+
+
+def set_trained_parts(model: nn.Module, factors: LrFactors) -> None:
+    """Puts the model into training mode but for the parts with factor 0, which are frozen, in place.
+
+    Their parameters ask for no gradient and their modules are in evaluation mode.  So a frozen tower keeps nothing for
+    a backward pass, and nothing of it is exchanged between ranks.  Before the model is spread over ranks.  Raises
+    ValueError if only prompts and temperatures were left: `pool` has no weights of its own, and uses neither.
+    """
+    learning = set()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(lr_factor(name, factors) > 0)
+        learning |= {name.partition(".")[0]} if parameter.requires_grad else set()
+    if learning.isdisjoint({"clip", "prompter", "box_head"}):
+        raise ValueError("nothing is left to train: optim.lr_factors freezes every part of this model that has weights")
+    model.train()
+    for module in model.modules():
+        if (own := list(module.parameters())) and not any(parameter.requires_grad for parameter in own):
+            module.eval()
+
+
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """The optimizer of the trainable parameters: weight decay on matrices, none on vectors, positions and scales.
 
-    Scalars are a group of their own: sharded and whole parameters cannot share one.  With `name` "muon" the matrices of
-    the transformer layers are one too, the last.
+    With `name` "muon" the matrices of the towers' transformer layers are Muon's; embeddings, projections into the joint
+    space, the region parts and all vectors are AdamW's.
     """
-    decayed, plain, scalars, layers = [], [], [], []
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            matrix = parameter.ndim >= 2 and "position_embedding" not in name and "_kind" not in name
-            in_layer = config.name == "muon" and parameter.ndim == 2 and ".layers." in name
-            (layers if in_layer else decayed if matrix else plain if parameter.ndim else scalars).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-        {"params": scalars, "weight_decay": 0.0},
+            if parameter.ndim == 0:
+                kind = "scalar"  # sharded and whole parameters cannot share a group
+            elif parameter.ndim == 1 or "position_embedding" in name or "_kind" in name:
+                kind = "vector"
+            else:
+                kind = "muon" if config.name == "muon" and parameter.ndim == 2 and ".layers." in name else "matrix"
+            groups.setdefault((kind, lr_factor(name, config.lr_factors)), []).append(parameter)
+    listed: list[dict[str, Any]] = [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if kind in ("matrix", "muon") else 0.0,
+            "lr_factor": factor,
+            "muon": kind == "muon",
+        }
+        for (kind, factor), parameters in groups.items()
     ]
-    make = torch.optim.AdamW
-    if layers:
-        make = Muon
-        groups.append({"params": layers, "weight_decay": config.weight_decay})
-    return make(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-
-
-class Muon(torch.optim.AdamW):
-    """AdamW whose last group of parameters, all matrices, takes the steps of Muon (Jordan et al. 2024) instead.
-
-    A step of Muon has the direction of the momentum, but all its singular values near 1; scaled by 0.2 times the root
-    of the longer side it is as long as one of AdamW, and the learning rate the same (Liu et al. 2025).  In the
-    precision of the parameters: `torch.optim.Muon` multiplies in bfloat16, which many CPUs only emulate.
-    """
-
-    momentum = 0.95
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of both."""
-        *others, layers = groups = self.param_groups
-        self.param_groups = others
-        try:
-            loss = super().step(closure)
-        finally:
-            self.param_groups = groups
-        for parameter in layers["params"]:
-            if parameter.grad is None:
-                continue
-            state = self.state[parameter]
-            if not state:
-                state["momentum"] = torch.zeros_like(parameter)
-            momentum = state["momentum"].lerp_(parameter.grad, 1 - self.momentum)
-            update = orthogonalize(parameter.grad.lerp(momentum, self.momentum))  # Nesterov's
-            parameter.mul_(1 - layers["lr"] * layers["weight_decay"])
-            parameter.add_(update, alpha=-layers["lr"] * 0.2 * max(parameter.shape) ** 0.5)
-        return loss
-
-
-def orthogonalize(matrix: Float[Tensor, "R C"]) -> Float[Tensor, "R C"]:
-    """The matrix with its singular vectors and, but for the very small ones, singular values between 0.6 and 1.3.
-
-    Five quintic Newton-Schulz iterations with the coefficients of Jordan et al. (2024).  The product of their factors
-    is found from the Gram matrix of the shorter side, so that only two products touch the longer one.
-    """
-    if matrix.shape[0] > matrix.shape[1]:
-        return orthogonalize(matrix.T.contiguous()).T
-    x = matrix / (torch.linalg.matrix_norm(matrix) + 1e-7)
-    gram, product = x @ x.T, None
-    for left in reversed(range(5)):
-        factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        factor.diagonal().add_(3.4445)
-        product = factor if product is None else product @ factor
-        if left:
-            gram = factor @ gram @ factor
-    return product @ x
+    return Muon(listed, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)

@@ -52,6 +52,33 @@ def digest(sample: Sample) -> str:
     return hashlib.sha256(repr(fields).encode()).hexdigest()
 
 
+WORLDS: list[tuple[dict[str, Any], str]] = [  # options, digest of the first 20 scenes
+    ({}, "22362ce45a8ae028"),
+    ({"mode": "easy", "split": "unseen_combinations"}, "c4a22e1514779a87"),
+    (
+        {"num_things": 30, "attributes": ("colour",), "box_jitter": 0.1, "wrong_text": 0.1, "missing_region": 0.25},
+        "e08f25a2ae670173",
+    ),
+    (
+        {
+            "attributes": ("size", "position"),
+            "style": "sketch",
+            "split": "unseen_things",
+            "captions": "alt_text",
+            "max_objects": 8,
+        },
+        "e1154e4b008190f0",
+    ),
+    ({"context": "next_to", "num_things": 16}, "990f8723f1bbf716"),
+]
+
+
+@pytest.mark.parametrize(("options", "expected"), WORLDS)
+def test_a_published_world_stays_the_same_to_the_last_byte(options: dict[str, Any], expected: str) -> None:
+    scenes = "".join(digest(sample) for sample in take(20, **options))
+    assert hashlib.sha256(scenes.encode()).hexdigest()[:16] == expected
+
+
 def take(count: int, **options: Any) -> list[Sample]:
     scenes = Scenes(SceneConfig(**options))
     return [scenes[i] for i in range(count)]
@@ -318,6 +345,9 @@ def test_a_coloured_thing_has_that_colour(colour: str) -> None:
         ({"min_objects": 4, "max_objects": 3}, "max_objects is 3, below min_objects, 4"),
         ({"missing_region": float("nan")}, "missing_region\n  Input should be less than or equal to 1"),
         ({"split": "unseen_combinations"}, 'needs "colour" among the attributes'),
+        ({"context": "next_to", "mode": "easy"}, 'goes with mode "rich" and without attributes'),
+        ({"context": "next_to", "attributes": ("size",)}, 'goes with mode "rich" and without attributes'),
+        ({"context": "next_to", "max_objects": 3}, "no even number lies between 3 and 3 objects"),
     ],
 )
 def test_a_bad_option_is_refused_with_its_value_and_range(options: dict[str, Any], message: str) -> None:

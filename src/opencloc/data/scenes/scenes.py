@@ -1,7 +1,7 @@
 """The generated world: scenes of named things with exact boxes, captions, label noise and held-out parts.
 
-Here is what a scene shows, where, and how it is labelled; `sprites` draws things, `things` names them, `sentences`
-speaks of them.  `Scenes(config)[i]` is a pure function of the config and i.
+Here is what a scene shows and how it is labelled; `arrange` says where things lie, `sprites` draws them, `things` names
+them, `sentences` speaks of them.  `Scenes(config)[i]` is a pure function of the config and i.
 
 Every kind of choice has its own random stream, so that options can be compared on the same scenes: drawing style,
 resolution, kind of captions and label noise do not change which things lie where.
@@ -25,20 +25,17 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as checked
 
 from opencloc.data.sample import Sample
-from opencloc.data.scenes import sentences, sprites
+from opencloc.data.scenes import arrange, sentences, sprites
 from opencloc.data.scenes.things import CHARACTERS, UNCOUNTED
 from opencloc.data.tars.writer import ShardWriter
 from opencloc.progress import track
 
 Attribute = Literal["colour", "size", "position"]
-_Rectangle = tuple[float, float, float, float]  # XYXY as shares of the image side
 
 _HELD_OUT_SHARE = 8  # one thing in 8 is held out
 _EASY_SEEN, _EASY_HELD_OUT = sprites.SHAPES[:8], sprites.SHAPES[8:]
 _LONG_SIDE = (0.22, 0.47)  # of the image side: 14 to 30 pixels of 64
 _SMALL, _LARGE = (0.22, 0.28), (0.35, 0.44)  # where size has a word, nothing lies in between
-_SIZE_STEP = 1 / 64  # sizes come in steps, so that at any resolution few sprites are drawn many times
-_MAX_OVERLAP = 0.08  # of the smaller of two boxes
 _SPRITE_BYTES = 128 * 2**20  # of drawn sprites that a process keeps
 _POSITIONS = (
     ("at the top left", "at the top", "at the top right"),
@@ -59,6 +56,7 @@ def _rich_things() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 _RICH_SEEN, _RICH_HELD_OUT = _rich_things()
+_NUMBERS = {thing: number for number, thing in enumerate(_RICH_SEEN)}
 
 
 def held_out_colour(thing: str) -> str:
@@ -66,6 +64,14 @@ def held_out_colour(thing: str) -> str:
     colours = tuple(sprites.COLOURS)
     number = sprites.SHAPES.index(thing) if thing in sprites.SHAPES else _hash("colour of " + thing)
     return colours[number % len(colours)]
+
+
+def held_out_pair(one: str, other: str) -> bool:
+    """Whether training never shows these two things beside each other: so it is with one pair in 8, whatever its order.
+
+    Every thing has such a partner where there are 16 things or more.
+    """
+    return (_NUMBERS[one] + _NUMBERS[other]) % _HELD_OUT_SHARE == 0
 
 
 @checked(frozen=True, kw_only=True)
@@ -83,6 +89,10 @@ class SceneConfig:
     min_objects: Annotated[int, Field(ge=1, le=8)] = 3
     max_objects: Annotated[int, Field(ge=1, le=8)] = 5
     attributes: tuple[Attribute, ...] = ()  # words added to region texts; easy mode always has the colour
+    # next_to: things are large and stand in pairs, so their number is even, and a text says beside what its thing
+    # stands ("dog next to a drum"), which the crop of its box doesn't show; half the scenes show a thing twice.  Rich
+    # mode without attributes; of n things there are n (n - 1) texts
+    context: Literal["none", "next_to"] = "none"
     split: Literal["train", "unseen_combinations", "unseen_things"] = "train"  # the same whatever the seed
     style: sprites.Style = "plain"
     captions: Literal["exact", "alt_text"] = "exact"  # alt_text: as on web pages, in the caption's place
@@ -94,13 +104,24 @@ class SceneConfig:
     def __post_init__(self) -> None:
         if self.max_objects < self.min_objects:
             raise ValueError(f"max_objects is {self.max_objects}, below min_objects, {self.min_objects}")
-        if self.split == "unseen_combinations" and not self.coloured:
-            raise ValueError('split is "unseen_combinations"; that needs "colour" among the attributes, or mode "easy"')
+        if self.split == "unseen_combinations" and not (self.coloured or self.paired):
+            needed = '"colour" among the attributes, mode "easy", or context "next_to"'
+            raise ValueError(f'split is "unseen_combinations"; that needs {needed}')
+        if self.paired and (self.mode == "easy" or self.attributes):
+            raise ValueError('context "next_to" goes with mode "rich" and without attributes')
+        if self.paired and self.max_objects // 2 < (self.min_objects + 1) // 2:
+            limits = f"{self.min_objects} and {self.max_objects}"
+            raise ValueError(f'context "next_to" pairs things; no even number lies between {limits} objects')
 
     @property
     def noisy(self) -> bool:
         """Whether regions differ from the truth."""
         return max(self.box_jitter, self.wrong_text, self.missing_region) > 0
+
+    @property
+    def paired(self) -> bool:
+        """Whether region texts name the thing beside."""
+        return self.context == "next_to"
 
     @property
     def coloured(self) -> bool:
@@ -115,26 +136,33 @@ class SceneConfig:
         return (_RICH_HELD_OUT if unseen else _RICH_SEEN)[: self.num_things]
 
     def combinations(self) -> tuple[tuple[str, str | None], ...]:
-        """The (thing, colour) pairs that scenes of this split show; the colour is None where texts name none."""
+        """The (thing, its colour or the thing beside it) pairs of this split; None where texts name neither."""
+        things, shown = self.things(), self._is_shown
+        if self.paired:
+            return tuple((one, other) for one in things for other in things if one != other and shown(one, other))
         if not self.coloured:
-            return tuple((thing, None) for thing in self.things())
-        return tuple(
-            (thing, colour)
-            for thing in self.things()
-            for colour in sprites.COLOURS
-            if self.split == "unseen_things" or (colour == held_out_colour(thing)) == (self.split != "train")
-        )
+            return tuple((thing, None) for thing in things)
+        return tuple((thing, colour) for thing in things for colour in sprites.COLOURS if shown(thing, colour))
+
+    def _is_shown(self, thing: str, other: str) -> bool:
+        """Whether this split shows a thing with this colour, or beside this other thing."""
+        if self.split == "unseen_things":
+            return True
+        held_out = held_out_pair(thing, other) if self.paired else other == held_out_colour(thing)
+        return held_out == (self.split == "unseen_combinations")
 
     def class_names(self) -> tuple[str, ...]:
         """Every region text of this split, sorted: the class list of zero-shot recognition."""
         sizes = ("small ", "large ") if "size" in self.attributes else ("",)
         places = [" " + p for row in _POSITIONS for p in row] if "position" in self.attributes else [""]
-        bare = (_bare_text(thing, colour) for thing, colour in self.combinations())
+        bare = (_bare_text(thing, other, self.paired) for thing, other in self.combinations())
         return tuple(sorted(size + text + place for text in bare for size in sizes for place in places))
 
 
-def _bare_text(thing: str, colour: str | None) -> str:
-    return f"{colour} {thing}" if colour else thing
+def _bare_text(thing: str, other: str | None, paired: bool = False) -> str:
+    if paired and other:
+        return f"{thing} next to {sentences.noun_phrase(other, other not in UNCOUNTED)}"
+    return f"{other} {thing}" if other else thing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +171,7 @@ class _Object:
 
     thing: str
     colour: str | None
+    beside: str | None  # the thing that it stands next to, where texts say so
     long_side: float
     left: float
     top: float
@@ -151,7 +180,13 @@ class _Object:
 
     @property
     def text(self) -> str:
-        return " ".join(w for w in (self.size_word, _bare_text(self.thing, self.colour), self.place_words) if w)
+        bare = _bare_text(self.thing, self.beside or self.colour, self.beside is not None)
+        return " ".join(w for w in (self.size_word, bare, self.place_words) if w)
+
+    @property
+    def pair(self) -> tuple[str, str | None]:
+        """Its entry in `SceneConfig.combinations`."""
+        return self.thing, self.beside or self.colour
 
 
 class Scenes:
@@ -179,7 +214,8 @@ class Scenes:
             raise IndexError(f"scene {index}: scenes are numbered from 0")
         config = self.config
         scene = f"{config.seed}/{config.split}/{index}"
-        objects = _layout(config, self._combinations, Random(f"{scene}/layout"))
+        layout = _pairs_layout if config.paired else _layout
+        objects = layout(config, self._combinations, Random(f"{scene}/layout"))
         image = _background(config, Random(f"{scene}/background"))
         boxes = np.array([self._paste(image, obj) for obj in objects], dtype=np.float32) / config.image_px
         texts = tuple(obj.text for obj in objects)
@@ -187,7 +223,8 @@ class Scenes:
             boxes, texts = self._mislabel(boxes, objects, Random(f"{scene}/noise"))
         caption = alt_text = _alt_text(objects, Random(f"{scene}/alt_text"))
         if config.captions == "exact":
-            phrases = [sentences.noun_phrase(obj.text, obj.thing not in UNCOUNTED) for obj in objects]
+            named = objects[::2] if config.paired else objects  # of a pair the first, which names the other
+            phrases = [sentences.noun_phrase(obj.text, obj.thing not in UNCOUNTED) for obj in named]
             caption = sentences.caption(phrases, Random(f"{scene}/caption"))
         key = f"{config.mode}-{config.split}-{config.seed}-{index:09d}"
         return Sample(key=key, image=image, captions=(caption,), alt_text=alt_text, boxes=boxes, texts=texts)
@@ -214,8 +251,8 @@ class Scenes:
             if missing:
                 continue
             if wrong:  # one of the others, all equally likely
-                thing, colour = pairs[other if pairs[other] != (obj.thing, obj.colour) else -1]
-                obj = replace(obj, thing=thing, colour=colour)
+                thing, with_it = pairs[other if pairs[other] != obj.pair else -1]
+                obj = replace(obj, thing=thing, **{"beside" if config.paired else "colour": with_it})
             kept.append(_jittered(box, config.box_jitter * np.array(moves)))
             texts.append(obj.text)
         return np.array(kept, dtype=np.float32).reshape(-1, 4), tuple(texts)
@@ -243,11 +280,11 @@ def _layout(config: SceneConfig, combinations: tuple[tuple[str, str | None], ...
         word, (low, high) = "", _LONG_SIDE
         if "size" in config.attributes:
             word, (low, high) = ("small", _SMALL) if rng.random() < 0.5 else ("large", _LARGE)
-        sizes.append((low, int(rng.random() * ((high - low) / _SIZE_STEP + 1)), word))
-    sizes.sort(key=lambda size: size[0] + size[1] * _SIZE_STEP, reverse=True)
+        sizes.append((low, int(rng.random() * ((high - low) / arrange.SIZE_STEP + 1)), word))
+    sizes.sort(key=lambda size: size[0] + size[1] * arrange.SIZE_STEP, reverse=True)
     shrink = min(1.0, (5 / config.max_objects) ** 0.5)
-    ranges = [(shrink * low, shrink * (low + steps * _SIZE_STEP)) for low, steps, _ in sizes]
-    places = _arrange([sprites.aspect(thing) for thing, _ in chosen], ranges, shrink * _SIZE_STEP, rng)
+    ranges = [(shrink * low, shrink * (low + steps * arrange.SIZE_STEP)) for low, steps, _ in sizes]
+    places = arrange.scattered([sprites.aspect(thing) for thing, _ in chosen], ranges, shrink * arrange.SIZE_STEP, rng)
     objects = []
     for (thing, colour), (_, _, size_word), (left, top, right, bottom) in zip(chosen, sizes, places, strict=True):
         place_words = ""
@@ -257,6 +294,7 @@ def _layout(config: SceneConfig, combinations: tuple[tuple[str, str | None], ...
             _Object(
                 thing=thing,
                 colour=colour,
+                beside=None,
                 long_side=max(right - left, bottom - top),
                 left=left,
                 top=top,
@@ -267,45 +305,36 @@ def _layout(config: SceneConfig, combinations: tuple[tuple[str, str | None], ...
     return objects
 
 
-def _arrange(
-    aspects: list[tuple[float, float]], ranges: list[tuple[float, float]], step: float, rng: Random
-) -> list[_Rectangle]:
-    """Places with little overlap for things of these aspects, their long sides at most as wanted.
-
-    `ranges`: (smallest, wanted) long sides.  A thing that finds no place gets smaller by some `step`s; where even the
-    smallest finds none, all start again, and the tenth attempt stands as it is.
-    """
-    places: list[_Rectangle] = []
-    for _ in range(10):
-        places, all_free = [], True
-        for (width, height), (smallest, long_side) in zip(aspects, ranges, strict=True):
-            place, free = _place(long_side * width, long_side * height, places, rng)
-            while not free and long_side > smallest + step / 2:
-                long_side = max(smallest, long_side - 3 * step)
-                place, free = _place(long_side * width, long_side * height, places, rng)
-            places.append(place)
-            all_free = all_free and free
-        if all_free:
-            break
-    return places
-
-
-def _place(width: float, height: float, taken: list[_Rectangle], rng: Random) -> tuple[_Rectangle, bool]:
-    """A random place with little overlap and True; or the one with the least overlap of those tried, and False."""
-    best, best_overlap = (0.0, 0.0, width, height), 2.0
-    for _ in range(40):
-        left, top = rng.random() * (1 - width), rng.random() * (1 - height)
-        right, bottom = left + width, top + height
-        overlap = 0.0
-        for x0, y0, x1, y1 in taken:
-            if left < x1 and right > x0 and top < y1 and bottom > y0:
-                shared = (min(x1, right) - max(x0, left)) * (min(y1, bottom) - max(y0, top))
-                overlap = max(overlap, shared / min(width * height, (x1 - x0) * (y1 - y0)))
-        if overlap <= _MAX_OVERLAP:
-            return (left, top, right, bottom), True
-        if overlap < best_overlap:
-            best, best_overlap = (left, top, right, bottom), overlap
-    return best, False
+def _pairs_layout(config: SceneConfig, combinations: tuple[tuple[str, str | None], ...], rng: Random) -> list[_Object]:
+    """Things two by two, each pair of them at most once; in half the scenes one thing stands in two pairs."""
+    fewest, most = (config.min_objects + 1) // 2, config.max_objects // 2
+    count = fewest + int(rng.random() * (most - fewest + 1))
+    again = rng.random() < 0.5
+    chosen: list[tuple[str, str | None]] = []
+    while len(chosen) < count:
+        among = combinations
+        if again and len(chosen) == 1:
+            shared, place = chosen[0][int(rng.random() * 2)], int(rng.random() * 2)
+            among = tuple(p for p in combinations if p[place] == shared and p[1 - place] not in chosen[0])
+        one, other = (among or combinations)[int(rng.random() * len(among or combinations))]
+        if (one, other) not in chosen and (other, one) not in chosen:
+            chosen.append((one, other))
+    things = [thing for pair in chosen for thing in pair if thing]
+    besides = [thing for one, other in chosen for thing in (other, one)]
+    places = arrange.in_pairs([sprites.aspect(thing) for thing in things], rng)
+    return [
+        _Object(
+            thing=thing,
+            colour=None,
+            beside=beside,
+            long_side=max(right - left, bottom - top),
+            left=left,
+            top=top,
+            size_word="",
+            place_words="",
+        )
+        for thing, beside, (left, top, right, bottom) in zip(things, besides, places, strict=True)
+    ]
 
 
 def _alt_text(objects: list[_Object], rng: Random) -> str:

@@ -32,6 +32,7 @@ READERS = 4  # threads that read and decode images
 UNITS = IMAGES, BOXES, TEXTS, FILES = "images", "boxes", "texts", "files"  # of what is skipped
 NO_REGIONS, NO_CAPTIONS = "without regions", "without captions"
 BAD_TEXT, EMPTY_TEXT, BAD_BOX, EMPTY_BOX = "not valid Unicode", "empty", "bad box", "empty box"
+NO_PIXEL = "without a pixel in the image of segments"
 RESIZED, ORIENTED = "resized since annotation, boxes scaled", "with an EXIF orientation, seen as stored"
 
 Skipped = Counter[tuple[str, str]]  # (unit, reason) -> how many
@@ -66,6 +67,10 @@ class Item:
     choices: tuple[tuple[str, ...], ...] = ()  # R: several texts each, of which the first is true
     queries: tuple[str, ...] = ()  # texts to be found in the image
     truths: tuple[np.ndarray, ...] = ()  # for each query its boxes (K, 4)
+    segments: Stored | None = None  # of a PNG whose pixels are numbers of segments, R + 256 G + 65,536 B
+    segment_ids: tuple[int, ...] = ()  # R: the segment of each box in it
+    pairs: tuple[tuple[str, str, str], ...] = ()  # of the whole image: (category, true text, false text)
+    claims: tuple[tuple[str, bool], ...] = ()  # of the whole image: (text, whether it is true)
     skipped: Skipped = field(default_factory=Counter)  # of this image
 
 
@@ -87,7 +92,9 @@ class EvalSet:
     rules: str = ""  # how it was read, beside the rules of the task
     skipped: Skipped = field(default_factory=Counter)  # annotations and images that are not asked for
     class_names: tuple[str, ...] = ()  # empty: the distinct texts of the regions
-    class_groups: tuple[str, ...] = ()  # of each class its group (LVIS: rare, common, frequent), or empty
+    class_groups: tuple[
+        str, ...
+    ] = ()  # of each class its group (LVIS: rare, common, frequent; things, stuff), or empty
     templates: tuple[str, ...] = ()  # with `{}` for the class name
     readers: int = READERS
 
@@ -101,6 +108,11 @@ class Loaded:
     image: Image.Image
     annotated_px: tuple[int, int]  # width and height of the image as it was annotated
     noted: tuple[str, ...] = ()  # what is unusual about the image
+    segments: np.ndarray | None = None  # (height, width): the number of the segment that each pixel belongs to
+
+    def masks(self) -> list[np.ndarray]:
+        """The mask (height, width) of each box, where there are segments."""
+        return [] if self.segments is None else [self.segments == one for one in self.item.segment_ids]
 
 
 @dataclass(kw_only=True)
@@ -150,11 +162,16 @@ def load(data: EvalSet, num_images: int | None, batch_size: int, unread: Unread)
 
 
 def _load_one(items: Items, number: int) -> Loaded:
-    item = sound(items[number])
+    item = items[number]
+    segments = None
+    if item.segments is not None:
+        red, green, blue = np.asarray(read_image(item.segments, item.annotated_px), dtype=np.int32).transpose(2, 0, 1)
+        segments = red + 256 * green + 65_536 * blue
+    item = sound(item, segments)
     image = item.image if isinstance(item.image, Image.Image) else read_image(item.image, item.annotated_px)
     annotated_px = item.annotated_px or image.size
     noted = (RESIZED,) * (annotated_px != image.size) + (ORIENTED,) * is_oriented(image)
-    return Loaded(number=number, item=item, image=image, annotated_px=annotated_px, noted=noted)
+    return Loaded(number=number, item=item, image=image, annotated_px=annotated_px, noted=noted, segments=segments)
 
 
 def read_image(stored: Stored, expected_px: tuple[int, int] | None = None) -> Image.Image:
@@ -171,9 +188,13 @@ def read_image(stored: Stored, expected_px: tuple[int, int] | None = None) -> Im
     return decode_image(data, stored.path, expected_px=expected_px)
 
 
-def sound(item: Item) -> Item:
-    """The item without boxes that are empty, outside or not finite and without texts that are no text; counted."""
+def sound(item: Item, segments: np.ndarray | None = None) -> Item:
+    """The item without boxes that are empty, outside or not finite and without texts that are no text; counted.
+
+    With segments (Loaded's) also without the boxes of those that have no pixel.
+    """
     skipped: Skipped = Counter(item.skipped)
+    drawn = np.ones(len(item.boxes), dtype=bool) if segments is None else np.isin(item.segment_ids, segments)
     kept = []
     for row, box in enumerate(item.boxes):
         texts = (*item.texts[row : row + 1], *(item.choices[row] if item.choices else ()))
@@ -181,6 +202,8 @@ def sound(item: Item) -> Item:
             skipped[BOXES, problem] += 1
         elif not all(map(is_text, texts)):
             skipped[BOXES, f"text {BAD_TEXT}"] += 1
+        elif not drawn[row]:
+            skipped[BOXES, NO_PIXEL] += 1
         else:
             kept.append(row)
     asked = []
@@ -192,13 +215,19 @@ def sound(item: Item) -> Item:
         else:
             asked.append(row)
     captions = tuple(filter(is_text, item.captions))
-    skipped[TEXTS, BAD_TEXT] += len(item.captions) - len(captions)
+    pairs = tuple(pair for pair in item.pairs if all(map(is_text, pair)))
+    claims = tuple(claim for claim in item.claims if is_text(claim[0]))
+    for given, usable in ((item.captions, captions), (item.pairs, pairs), (item.claims, claims)):
+        skipped[TEXTS, BAD_TEXT] += len(given) - len(usable)
     return replace(
         item,
         captions=captions,
         boxes=np.asarray(item.boxes, dtype=np.float32).reshape(-1, 4)[kept],
         texts=tuple(item.texts[row] for row in kept) if item.texts else (),
         choices=tuple(item.choices[row] for row in kept) if item.choices else (),
+        segment_ids=tuple(item.segment_ids[row] for row in kept) if item.segment_ids else (),
+        pairs=pairs,
+        claims=claims,
         queries=tuple(item.queries[row] for row in asked),
         truths=tuple(item.truths[row] for row in asked),
         skipped=+skipped,
@@ -225,7 +254,7 @@ def merge_names(names: Sequence[str]) -> tuple[tuple[str, ...], str]:
     return tuple(times), said + (", ..." if len(twice) > 5 else "")
 
 
-def first_folder(folders: Sequence[str], names: Sequence[str]) -> str:
+def first_folder(folders: Sequence[str], names: Sequence[str], option: str = "images") -> str:
     """The first of `folders` that holds one of the first few files `names`.
 
     Raises `FileNotFoundError` listing the folders that were tried.
@@ -233,8 +262,8 @@ def first_folder(folders: Sequence[str], names: Sequence[str]) -> str:
     for folder in folders:
         if any(files.exists(f"{folder}/{name}") for name in names[:20] if is_file_name(name)):
             return folder
-    wanted = repr(names[0])[1:-1] if names else "images"
-    raise FileNotFoundError(f"no {wanted} in {', '.join(folders)}: say where the images lie by ?images=FOLDER")
+    wanted = repr(names[0])[1:-1] if names else option
+    raise FileNotFoundError(f"no {wanted} in {', '.join(folders)}: say where the {option} lie by ?{option}=FOLDER")
 
 
 def first_file(paths: Sequence[str], option: str) -> str:
