@@ -19,6 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from opencloc.mllm.boxes_text import coordinate_numbers
 from opencloc.mllm.build import BuildConfig, build
 from opencloc.mllm.config import MllmDataConfig, MllmOptimConfig, MllmTrainConfig, Rates
 from opencloc.model.cloc import ClocConfig, ClocModel
@@ -43,12 +44,15 @@ def speech_tokenizer(family: str | None) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def language(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Family -> folder of a small random language model with its tokenizer; `plain` is a llama without template."""
+    """Family -> folder of a small random language model with its tokenizer; `plain` is a llama without template, `numbers` one
+    that has the 64 numbers of boxes as tokens."""
     made: dict[str, Path] = {}
 
     def make(family: str) -> Path:
         if family not in made:
-            tokenizer = speech_tokenizer(None if family == "plain" else family)
+            tokenizer = speech_tokenizer(family if family in CONFIGS else None)
+            if family == "numbers":
+                tokenizer.add_tokens([str(number) for number in coordinate_numbers(64)])
             config = CONFIGS.get(family, LlamaConfig)(
                 vocab_size=len(tokenizer),
                 hidden_size=32,
@@ -138,5 +142,3 @@ def stage(built: Make) -> Make:
         return MllmTrainConfig(out=str(out), **fields | changes)
 
     return make
-
-

@@ -195,8 +195,9 @@ def _check_same_logits(model: RegionLlava, language: Any, where: str) -> None:
 def _start_numbers_from_basis(table: Tensor, tokenizer: Any, steps: int) -> None:
     """Rows of the numbers that boxes are written in, where one is a token: the basis at (v, v), v = number / 999."""
     vocabulary = tokenizer.get_vocab()
-    rows = {vocabulary[str(n)]: n / SCALE for n in coordinate_numbers(steps) if str(n) in vocabulary}
-    if not rows:
-        raise ValueError("shared_positions needs a tokenizer that has whole numbers as tokens")
+    numbers = coordinate_numbers(steps)
+    if missing := [n for n in numbers if str(n) not in vocabulary]:
+        raise ValueError(f"shared_positions needs a tokenizer with whole numbers as tokens; {missing[0]} is none")
+    rows = {vocabulary[str(n)]: n / SCALE for n in numbers}
     places = torch.tensor(list(rows.values()))[:, None].expand(-1, 2)
     table[list(rows)] = position_basis(places, table.shape[1]).to(table.dtype)

@@ -15,7 +15,7 @@ from typing import Any
 
 # Given to templates: no thoughts before an answer, and a date that stays the same (Llama 3 writes today's).
 _OPTIONS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
-_TEXTS = ("QUESTION-ONE", "ANSWER-ONE", "QUESTION-TWO", "ANSWER-TWO")
+_TEXTS = ("Question-One", "Answer-One", "Question-Two", "Answer-Two")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,14 @@ class RegionLlavaConfig(LlavaConfig):
     shared_positions: bool = False
 
 
+class PatchPositions(nn.Module):
+    """What says to the language model where a patch lies: learnable, from the position basis of prompts."""
+
+    def __init__(self, grid: tuple[int, int], width: int) -> None:
+        super().__init__()
+        self.grid, self.weight = grid, nn.Parameter(torch.zeros(grid[0] * grid[1], width))
+
+
 class RegionLlavaModel(LlavaModel):
     """The model without its head: LLaVA's, into whose embeddings the regions' vectors are put."""
 
@@ -59,14 +67,20 @@ class RegionLlavaModel(LlavaModel):
         side = vision.image_size // vision.patch_size
         self.grid = (side, side)
         self.sampler = make_sampler(config.sampler, vision.hidden_size, width, self.grid, config.prompter)
-        self.patch_positions = nn.Parameter(torch.zeros(side * side, width)) if config.shared_positions else None
+        self.patch_positions = PatchPositions(self.grid, width) if config.shared_positions else None
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, PatchPositions):
+            init.copy_(module.weight, position_basis(patch_centres(module.grid), module.weight.shape[1]))
 
     def get_image_features(self, pixel_values: Tensor, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As LLaVA's: `pooler_output` holds the projected tokens of each image."""
         features: Any = super().get_image_features(pixel_values, **options)
         if self.patch_positions is not None:
-            features.pooler_output = [tokens + self.patch_positions for tokens in features.pooler_output]
+            features.pooler_output = [tokens + self.patch_positions.weight for tokens in features.pooler_output]
         return features
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -182,13 +196,6 @@ class RegionLlava(LlavaForConditionalGeneration):
             region_masks=region_masks,
             **options,
         )
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, RegionLlavaModel) and module.patch_positions is not None:
-            width = module.patch_positions.shape[1]
-            init.copy_(module.patch_positions, position_basis(patch_centres(module.grid), width))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -5,6 +5,7 @@
     ground    Where is the dog?                                {box:0}
     phrases   Where are these: a dog; a cat?                   a dog {box:0}; a cat {box:1}
     exists    Is there a dog in the image?                     Yes / No
+    verify    Is there a dog in the image? If so, where?       Yes, {box:0} / No
     caption   Describe the image.                              one of the captions
 
 A conversation asks about each object once, so that no answer stands in an earlier turn.  Captions, which tell all, and
@@ -26,14 +27,14 @@ from opencloc.mllm.conversation import Conversation, Turn
 from opencloc.model.prompts import Box
 from opencloc.texts import canonical
 
-Kind = Literal["refer", "choose", "ground", "phrases", "exists", "caption"]
-KINDS: tuple[Kind, ...] = ("refer", "choose", "ground", "phrases", "exists", "caption")
+Kind = Literal["refer", "choose", "ground", "phrases", "exists", "verify", "caption"]
+KINDS: tuple[Kind, ...] = ("refer", "choose", "ground", "phrases", "exists", "verify", "caption")
 
 YES, NO = "Yes", "No"
 REFER = "What is {region:0}?"
 CAPTION = "Describe the image."
 NAMES_FROM = 500  # samples whose region texts say what might be there
-_ALONE = ("exists", "caption")  # kinds that share a conversation with no other
+_ALONE = ("exists", "verify", "caption")  # kinds that share a conversation with no other
 _UNCOUNTED = frozenset(
     ("some", "the", "a", "an", "two", "three", "four", "five", "six", "several", "many", "his", "her", "their")
 )
@@ -62,6 +63,11 @@ def phrases(texts: Sequence[str]) -> str:
 def exists(name: str) -> str:
     """Asks whether something is there, as POPE does."""
     return f"Is there {with_article(name)} in the image?"
+
+
+def verify(name: str) -> str:
+    """Asks whether something is there, and for its box."""
+    return f"{exists(name)} If so, where?"
 
 
 def with_article(name: str) -> str:
@@ -96,8 +102,8 @@ class Questions:
         prompts: list[Box] = []
         if first == "caption":
             turns += _turns(CAPTION, sample.captions[rng.randrange(len(sample.captions))])
-        elif first == "exists":
-            turns += self._exists(sample, rng)
+        elif first in ("exists", "verify"):
+            self._presence(sample, rng, first, turns, prompts)
         else:
             mixed: list[Kind] = [kind for kind in wanted if kind not in _ALONE]
             self._regions(sample, rng, mixed, turns, prompts)
@@ -117,15 +123,25 @@ class Questions:
                 found[name] = None
         return list(found)
 
-    def _exists(self, sample: Sample, rng: random.Random) -> list[Turn]:
-        there = list(dict.fromkeys(sample.texts))
+    def _presence(
+        self, sample: Sample, rng: random.Random, kind: Kind, turns: list[Turn], prompts: list[Box]
+    ) -> None:
+        """Questions about what is there and what is not, of each as many on average; each thing in one of them."""
+        ask = exists if kind == "exists" else verify
+        often = Counter(map(canonical, sample.texts))
+        there = [n for n, text in enumerate(sample.texts) if often[canonical(text)] == 1]
         rng.shuffle(there)
         missing = self.absent(sample, rng, self.max_turns)
-        turns: list[Turn] = []
         while len(turns) < 2 * self.max_turns and there and missing:
-            is_there = rng.random() < 0.5
-            turns += _turns(exists((there if is_there else missing).pop()), YES if is_there else NO)
-        return turns
+            if rng.random() < 0.5:
+                turns += _turns(ask(missing.pop()), NO)
+                continue
+            number = there.pop()
+            text, answer = sample.texts[number], YES
+            if kind == "verify":
+                answer = f"{YES}, {{box:{len(prompts)}}}"
+                prompts.append(Box(*map(float, sample.boxes[number])))
+            turns += _turns(ask(text), answer)
 
     def _regions(
         self, sample: Sample, rng: random.Random, kinds: list[Kind], turns: list[Turn], prompts: list[Box]
