@@ -72,11 +72,7 @@ def test_every_trained_part_gets_a_gradient(kind: str) -> None:
     sampler = make_sampler(kind, 32, 48, GRID, PROMPTER)
     sampler(tokens(), tokens(seed=1), regions()).square().sum().backward()
     without = {name for name, p in sampler.named_parameters() if p.grad is None}
-    assert without <= {"prompt_encoder.text_kind", "prompt_encoder.text_projection.weight", *_biases(sampler)}
-
-
-def _biases(sampler: torch.nn.Module) -> set[str]:
-    return {name for name, _ in sampler.named_parameters() if name == "prompt_encoder.text_projection.bias"}
+    assert without == set()
 
 
 def test_prompter_sampler_reads_what_the_cloc_model_says(tower_config) -> None:  # noqa: ANN001
@@ -86,7 +82,7 @@ def test_prompter_sampler_reads_what_the_cloc_model_says(tower_config) -> None: 
     form = {"kind": "cross", "embed_dim": 24, "options": {n: getattr(model.config, n) for n in model.prompter.options}}
     sampler = make_sampler("prompter", SIZES["hidden_size"], 48, GRID, form).eval()
     sampler.prompter.load_state_dict(model.prompter.state_dict())  # pyright: ignore
-    sampler.prompt_encoder.load_state_dict(model.prompt_encoder.state_dict())  # pyright: ignore
+    sampler.prompt_encoder.load_state_dict(model.prompt_encoder.state_dict(), strict=False)  # pyright: ignore
     seen: list[torch.Tensor] = []
     sampler.projection.register_forward_pre_hook(lambda _, given: seen.append(given[0]))  # pyright: ignore
     features = model.encode_image(torch.randn(2, 3, 32, 32))

@@ -93,7 +93,8 @@ def build(config: BuildConfig) -> Path:
     if prompter is not None:
         sampler: Any = model.model.sampler
         sampler.prompter.load_state_dict(prompter["prompter"])
-        sampler.prompt_encoder.load_state_dict(prompter["prompt_encoder"])
+        own = sampler.prompt_encoder.state_dict()  # without what texts are prompted by
+        sampler.prompt_encoder.load_state_dict({name: prompter["prompt_encoder"][name] for name in own})
     _check_same_logits(model, language, config.llm)
     if config.shared_positions:
         _start_numbers_from_basis(embeddings, tokenizer, config.coordinate_steps)
@@ -130,8 +131,8 @@ def _encoder(config: BuildConfig) -> tuple[Any, dict[str, Any] | None, dict[str,
         processor, clip = ClocProcessor.from_pretrained(path), model.clip
         if config.sampler == "prompter":
             form = PROMPTERS[model.config.prompter]
-            if not model.config.regions_trained or form.is_tower_pooling:
-                raise ValueError(f"{path} has no trained Prompter: use sampler roi or points")
+            if not model.config.regions_trained or form.reads_pool_input:
+                raise ValueError(f"{path} has no trained Prompter of its own tokens: use sampler roi or points")
             options = {name: getattr(model.config, name) for name in form.options}
             prompter = {
                 "settings": {"kind": model.config.prompter, "embed_dim": model.embed_dim, "options": options},

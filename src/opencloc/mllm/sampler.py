@@ -61,7 +61,7 @@ class PrompterSampler(nn.Module):
     def __init__(self, vision_width: int, width: int, grid: tuple[int, int], prompter: Any) -> None:
         super().__init__()
         kind, embed_dim = PROMPTERS[prompter["kind"]], prompter["embed_dim"]
-        self.prompt_encoder = PromptEncoder(vision_width, embed_dim, grid)
+        self.prompt_encoder = PromptEncoder(vision_width, embed_dim, grid, text_tokens=False)
         self.prompter = kind(vision_width, embed_dim, grid, **prompter["options"])
         self.projection = Projection(embed_dim, width)
 
@@ -72,7 +72,7 @@ class PrompterSampler(nn.Module):
             prompts = self.prompt_encoder([_prompts(regions, row) for row in range(len(regions.boxes))])
         else:
             prompts = self.prompt_encoder.boxes(regions.boxes)
-        return self.projection(self.prompter(last, prompts).embedding)
+        return self.projection(self.prompter(last, prompts))
 
 
 class RoiSampler(nn.Module):
