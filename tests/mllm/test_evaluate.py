@@ -268,3 +268,19 @@ def test_the_verb_scores_models_side_by_side_and_keeps_every_answer(
 def test_a_configuration_that_makes_no_sense_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MllmEvalConfig(**CONFIG | fields)
+
+
+def test_categories_fix_the_denominators_whatever_the_first_images_show() -> None:
+    """Names that the draw of false ones does not know are asked for and found all the same."""
+    items = [regions(0), regions(1, ("zebra", "unicorn"))]
+    data = EvalSet(name="set", items=items, num_items=2, readers=1, class_names=("cat", "dog", "zebra", "yak"))
+    config = MllmEvalConfig(**CONFIG, tasks=("refer-open", "caption"))
+    says = {"What is {region:0}?": "dog", CAPTION: "a zebra, a yak and a dog"}
+    speaker = Parrot(lambda c: says[c.turns[0].text])
+    (named, told), _ = interview(speaker, "p", data, ["refer-open", "caption"], names={"dog": 1}, config=config)
+    assert named.scores["top1"].of == "3 boxes"
+    assert named.scores["macc"].of == "3 classes present of 4"
+    assert named.skipped["boxes"] == {"of none of the classes": 1}
+    assert told.scores["object_precision"].of == "6 names in captions"
+    assert told.scores["object_precision"].value == pytest.approx(2 / 6)
+    assert told.scores["object_recall"].value == pytest.approx(2 / 4)

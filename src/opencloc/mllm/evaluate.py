@@ -191,7 +191,9 @@ def interview(
     results, answers = [], []
     for task, ask, scores in zip(asked, asks, done.scores, strict=True):
         rules = [(TASKS[task].__doc__ or "").partition("\n")[0].rstrip("."), data.rules]
-        if task == "ferret-bench" and judge is not None:
+        if task == "ferret-bench" and judge is None:
+            rules.append(f"not judged: the answers are in {config.out}/ferret-bench")
+        elif task == "ferret-bench" and judge is not None:
             rules.append(f"judged by {judge.name}, {'by its own rules' if _has_rules(location) else 'by our wording'}")
         results.append(
             Result(
@@ -202,7 +204,7 @@ def interview(
                 precision="bf16" if getattr(speaker, "bf16", False) else "fp32",
                 images=ask.num_images,
                 of_images=done.of_images,
-                class_names=tuple(names) if task in ("refer-open", "caption") else (),
+                class_names=tuple(data.class_names or names) if task in ("refer-open", "caption") else (),
                 scores=scores,
                 skipped=by_unit(done.skipped + ask.skipped),
                 noted=dict(done.noted),
@@ -224,7 +226,8 @@ def _named(models: Sequence[str]) -> list[tuple[str, str]]:
     found = []
     for spec in models:
         name, _, folder = spec.rpartition("=")
-        found.append((name or Path(folder).resolve().name, folder))
+        path = Path(folder).resolve()
+        found.append((name or (path.parent if path.name == "model" else path).name, folder))  # runs/NAME/model
     count = Counter(name for name, _ in found)
     found = [(name if count[name] == 1 else folder, folder) for name, folder in found]
     if len(set(found)) < len(models) or len({name for name, _ in found}) < len(models):

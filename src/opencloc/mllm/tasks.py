@@ -113,7 +113,7 @@ def name_regions(ask: Interview) -> Batches:
             if not len(one.item.boxes):
                 ask.skipped[IMAGES, NO_REGIONS] += 1
             for box, text in zip(one.item.boxes, one.item.texts, strict=True):
-                if ask.data.class_names and canonical(text) not in ask.names:
+                if ask.data.class_names and canonical(text) not in ask.data.class_names:
                     ask.skipped[BOXES, UNKNOWN_CLASS] += 1
                     continue
                 asked.append((one, templates.refer(), (Box(*map(float, box)),)))
@@ -130,7 +130,7 @@ def name_regions(ask: Interview) -> Batches:
         return {}
     scorer, images = ask.scorer(rows["images"]), rows["images"]
     _, labels = np.unique(truths, return_inverse=True)
-    classes = len(ask.names) or len(set(truths))
+    classes = len(ask.data.class_names or ask.names) or len(set(truths))
     scorer.add_accuracy(rows["right"], images, labels, what="boxes", classes=classes)
     return scorer.scores
 
@@ -251,7 +251,13 @@ def _yes_no(ask: Interview, questions: Callable[[Loaded], list[tuple[str, str]]]
     scorer.add("acc", "accuracy", (truth == yes) & ~unread, images, of=of)
     claimed = yes | (unread & ~truth)  # an unread answer where "no" is true is as wrong as a yes
     scorer.add_ratio("f1", "F1 of yes", 2.0 * hits, 1.0 * truth + claimed, images, of=of)
-    scorer.add("precision", "precision of yes", hits[claimed], images[claimed], of=f"{claimed.sum():,} taken for yes")
+    scorer.add(
+        "precision",
+        "precision of yes",
+        hits[claimed],
+        images[claimed],
+        of=f"{claimed.sum():,} yes, or unread where no is true",
+    )
     scorer.add("recall", "recall of yes", hits[truth], images[truth], of=f"{truth.sum():,} where yes is true")
     scorer.add("yes", "share of yes", yes, images, of=of)
     scorer.add("unread", "neither yes nor no", unread, images, of=of)
@@ -267,12 +273,13 @@ def describe_images(ask: Interview) -> Batches:
     Object precision is over all names in captions, recall over all names in images, each name once per image.  Whole
     words and plain plurals count, synonyms don't.
     """
-    told, there, names = Rows(), Rows(), tuple(ask.names)
+    told, there = Rows(), Rows()
     while (batch := (yield)) is not None:
         batch = [one for one in batch if _has_texts(ask, one)]
         captions = ask.ask([(one, templates.CAPTION, ()) for one in batch], ask.caption_tokens)
         for one, caption in zip(batch, captions, strict=True):
             present = {canonical(text) for text in one.item.texts}
+            names = tuple(dict.fromkeys([*(ask.data.class_names or ask.names), *sorted(present)]))
             said = {names[i] for i in named(caption, names)}
             ask.note(one, templates.CAPTION, caption, named=sorted(said), missed=sorted(present - said))
             told.add(images=[one.number] * len(said), right=np.array([name in present for name in sorted(said)], bool))
