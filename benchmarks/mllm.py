@@ -77,7 +77,7 @@ def make(
     args: argparse.Namespace, device: torch.device
 ) -> tuple[dict[str, Any], dict[str, tuple[dict[str, Any], dict[str, Any]]]]:
     """(models, and for each method a batch to train on and one to answer), by method."""
-    tokenizer = train_tokenizer(
+    tokenizer: Any = train_tokenizer(
         ["What are these things, this one and this one? a dog 0123456789 USER: ASSISTANT:"], 400, 4096
     )
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import pre_tokenizers
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, SiglipVisionConfig
+from transformers import CLIPVisionConfig, LlamaConfig, SiglipVisionConfig
 
 from opencloc.mllm.answers import Answerer
 from opencloc.mllm.chat_format import chat_format
@@ -16,7 +16,7 @@ from opencloc.mllm.model import RegionLlava, RegionLlavaConfig
 from opencloc.mllm.processor import IMAGE, REGION, RegionLlavaProcessor, make_processor
 from opencloc.model.processor import train_tokenizer
 
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXTS = ["USER: What is [12, 34, 500, 999]? ASSISTANT: a red dog and a cat. yes no the image 0123456789"] * 3
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -24,9 +24,9 @@ CHATML = (
 )
 
 
-def language_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
+def language_tokenizer(template: str | None = None) -> Any:
     """A byte-level tokenizer of a language model, which adds a start token by itself."""
-    tokenizer = train_tokenizer(TEXTS, 400, 4096)
+    tokenizer: Any = train_tokenizer(TEXTS, 400, 4096)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     special = ["<|im_start|>", "<|im_end|>"] if template else []
     tokenizer.add_special_tokens({"additional_special_tokens": [*special, IMAGE, REGION]})

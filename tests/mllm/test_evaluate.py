@@ -188,7 +188,7 @@ QUESTIONS = ("Is there a dog?", "Is there a cat?", "Is there a zebra?", "Is ther
 )
 def test_pope_by_hand(said: tuple[str, ...], expected: dict[str, float]) -> None:
     item = Item(image=photo(), questions=QUESTIONS, answers=("yes", "yes", "no", "no"))
-    replies = dict(zip(QUESTIONS, said, strict=True))
+    replies: dict[str, str] = dict(zip(QUESTIONS, said, strict=True))
     result, _ = ask(Parrot(lambda c: replies[c.turns[0].text]), "pope", [item])
     found = {key: value for key, value in values(result).items() if not np.isnan(value)}
     assert found == pytest.approx(expected)

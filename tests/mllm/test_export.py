@@ -26,7 +26,8 @@ def photo() -> Image.Image:
 
 
 def opened(folder: Path) -> tuple[Any, dict[str, Any]]:
-    model, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    llava: Any = LlavaForConditionalGeneration
+    model, info = llava.from_pretrained(folder, output_loading_info=True)
     return model.eval(), info
 
 

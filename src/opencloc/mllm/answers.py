@@ -53,7 +53,8 @@ class Answerer:
         batch_size: int = 16,
         precision: Precision = "fp32",
     ) -> None:
-        self.model, self.processor, self.batch_size = model.eval(), processor, batch_size
+        self.model: Any = model.eval()  # transformers types neither its features nor its generation
+        self.processor, self.batch_size = processor, batch_size
         self.device = model.device
         self.bf16 = computes_in_bf16(precision, self.device)
 
