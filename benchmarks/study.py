@@ -167,7 +167,7 @@ def tuning() -> list[Variant]:
             by_name[name],
             name=f"{name}_lr{lr:g}",
             group="learning rate",
-            fields=by_name[name].fields | {"optim.lr": lr},
+            fields={**by_name[name].fields, "optim.lr": lr},
         )
         for name in TUNED
         for lr in LEARNING_RATES
@@ -201,6 +201,7 @@ def run(variant: Variant, seed: int, out: Path, steps: int, device: str) -> None
         "seed": seed,
         "steps": config.steps,
         "lr": config.optim.lr,
+        "device": device,
         "curve": curve,
         "final": final,
     }

@@ -86,6 +86,7 @@ class ClocModel(PreTrainedModel):
         towers.check_family(clip)
         self.embed_dim, self.grid = towers.embed_dim(clip), towers.patch_grid(clip)
         width = clip.vision_config.hidden_size
+        self._towers_given = towers_model is not None
         self.clip: Any = AutoModel.from_config(clip) if towers_model is None else towers_model
         if towers_model is not None:  # the base class has just reset the choice in the configuration they share
             towers_model.set_attn_implementation(config._attn_implementation or "sdpa")
@@ -118,7 +119,8 @@ class ClocModel(PreTrainedModel):
             for _, kind in module.named_parameters(recurse=False):  # of corner, point, text
                 init.normal_(kind, std=0.5)
             table, before = towers.position_table(self.clip)  # here, since transformers skips a `self` without weights
-            if self.config.shared_positions and not getattr(table.weight, "_is_hf_initialized", False):
+            is_new = not self._towers_given and not getattr(table.weight, "_is_hf_initialized", False)
+            if self.config.shared_positions and is_new:
                 self._start_positions_from_basis(table, before)
         elif isinstance(module, CrossPrompter):
             for linear in (module.value, module.out):
