@@ -39,7 +39,8 @@ def save_model(
 
     `beside`: name -> dict of tensors (`optimizer`, as safetensors) or anything else (JSON), written beside them.
     """
-    weights = _whole_tensors(model.state_dict(), ranks)
+    tied = set(model.all_tied_weights_keys or ())  # the same tensors by another name
+    weights = _whole_tensors({name: x for name, x in model.state_dict().items() if name not in tied}, ranks)
     beside = {name: _whole_tensors(f, ranks) if name == "optimizer" else f for name, f in beside.items()}
     if not ranks.is_first:
         return
