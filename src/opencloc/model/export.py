@@ -180,5 +180,5 @@ The model sees square images of {side} x {side} pixels: the long side resized, t
 |---|---|
 | LLaVA | `--vision_tower` this folder, `--image_aspect_ratio pad`; `crop_size` and `size.shortest_edge` are {side} |
 | LLaVA, any resolution | `--image_aspect_ratio anyres`, with grid points that are multiples of {side} |
-| Ferret | `--vision_tower` this folder, `--image_aspect_ratio pad`: its default squashes photos to a square |
+| Ferret | `--vision_tower` this folder; it squashes photos to a square: pad them beforehand, boxes and masks too |
 """
