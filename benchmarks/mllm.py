@@ -175,12 +175,12 @@ def measure(
     """Seconds by round of one training pass and of one generation, as `train: METHOD` and `generate: METHOD`."""
 
     def train(name: str) -> None:
-        models[name].zero_grad(set_to_none=True)
+        models[name].train().zero_grad(set_to_none=True)
         models[name](**batches[name][0]).loss.backward()
 
     def generate(name: str) -> None:
         count = args.new_tokens
-        made = models[name].generate(**batches[name][1], max_new_tokens=count, do_sample=False)
+        made = models[name].eval().generate(**batches[name][1], max_new_tokens=count, do_sample=False)
         assert made.shape[1] == batches[name][1]["input_ids"].shape[1] + count
 
     clocks: dict[str, Callable[[int], float]] = {}
