@@ -15,9 +15,10 @@ from opencloc.model.prompts import Box, Mask, Point
 from tests.mllm.speakers import CHATML, tiny_answerer
 
 
-@pytest.fixture(scope="module")
-def answerer() -> Answerer:
-    return tiny_answerer(template=CHATML)
+@pytest.fixture(scope="module", params=[("clip", "roi"), ("siglip", "points")], ids=lambda param: param[0])
+def answerer(request: pytest.FixtureRequest) -> Answerer:
+    family, sampler = request.param
+    return tiny_answerer(family=family, sampler=sampler, template=CHATML)
 
 
 def photo(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:

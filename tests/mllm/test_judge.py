@@ -15,6 +15,7 @@ from PIL import Image
 
 from opencloc.boxes import Letterbox
 from opencloc.chat_server import ServerError
+from opencloc.cli import main
 from opencloc.errors import BadSample
 from opencloc.eval.sets.ferret_bench import CATEGORIES, ferret_bench
 from opencloc.mllm.boxes_text import box_text
@@ -33,7 +34,7 @@ from opencloc.mllm.judge import (
     read_points,
 )
 from opencloc.model.prompts import Box
-from tests.mllm.speakers import Parrot
+from tests.mllm.speakers import Parrot, tiny_model
 
 Say = Callable[[dict[str, Any]], "tuple[int, Any]"]
 
@@ -273,6 +274,33 @@ def test_the_ratio_is_of_sums_and_unjudged_answers_are_counted(serve: Callable[[
     ]
     assert {row["question_id"] for row in written} == {5, 6, 7}
     assert all(row["text"] == "It is a dog [0, 0, 1000, 1000]." for row in written)
+
+
+def test_the_verb_judges_all_categories_with_the_sets_own_rules(
+    serve: Callable[[Say], Server], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = serve(lambda _: (200, "8 4"))
+    location = bench(tmp_path)
+    rules = {name: {"prompt": f"rule of {name}"} for name in ("refer_desc", "refer_reason", "ground_conv")}
+    (tmp_path / "rule.json").write_text(json.dumps(rules))
+    model, processor = tiny_model()
+    model.save_pretrained(tmp_path / "run/model")
+    processor.save_pretrained(tmp_path / "run/model")
+    places = [f"ferret-bench={location}?category={category}" for category in CATEGORIES]
+    command = ["mllm", "eval", "ferret-bench", "--model", str(tmp_path / "run/model"), "--data", *places]
+    more = ["--judge", server.url, "--caption-tokens", "4", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main([*command, *more]) == 0
+    assert "judged by judge-1, by its own rules" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())["run"]
+    assert {metrics[f"ferret-bench {category} ratio"] for category in CATEGORIES} == {0.5}
+    told = {q["messages"][1]["content"].split("[System]\n")[1].strip() for q in server.questions}
+    assert told == {f"rule of {name}" for name in rules}
+    assert len(server.questions) == 9
+    assert sorted(path.name for path in (tmp_path / "out/ferret-bench/run").iterdir()) == [
+        "ground_conv.jsonl",
+        "refer_caption.jsonl",
+        "refer_reason.jsonl",
+    ]
 
 
 def test_without_a_judge_the_answers_are_written_and_nothing_is_scored(tmp_path: Path) -> None:
