@@ -27,6 +27,7 @@ from torch import Tensor
 from benchmarks import loss as loss_benchmark
 from benchmarks.common import facts, take_turns, timed, versions
 from benchmarks.gpu_steps import (
+    ADAMW,
     CLIP,
     CPU,
     GPU,
@@ -45,7 +46,7 @@ from benchmarks.gpu_steps import (
 )
 from benchmarks.step import matmul_peak, open_clip_worker
 from opencloc import files
-from opencloc.config import LossConfig, OptimConfig, TrainConfig
+from opencloc.config import LossConfig, TrainConfig
 from opencloc.data.sources.spec import open_source
 from opencloc.data.stream import TrainingExamples, training_batches
 from opencloc.data.tars.writer import ShardWriter
@@ -88,7 +89,7 @@ def machine(device: torch.device, sizes: Sizes, found: Found) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     if device.type == "cuda":
         found("gpu_gb", torch.cuda.get_device_properties(device).total_memory / 1e9)
-        nccl: Any = torch.cuda.nccl
+        nccl: Any = torch.cuda.nccl  # pyright: ignore[reportAttributeAccessIssue]
         found("versions_gpu", {"cuda": torch.version.cuda, "nccl": ".".join(map(str, nccl.version()))})
     found("matmul_tflops", max(matmul_peak(device, device.type == "cuda", sizes.matmul) for _ in range(3)) / 1e12)
     found("datasheet_tflops", next((value for key, value in DATASHEET_TFLOPS.items() if key in name), None))
@@ -132,14 +133,14 @@ def outcome(case: ElementTree.Element) -> dict[str, Any]:
 def steps(device: torch.device, sizes: Sizes, found: Found) -> None:
     """CLIP and CLOC steps at growing batches, and at the first one what variants of the step cost."""
     model, processor = make_model(sizes, device)
-    optimizer = make_optimizer(model, OptimConfig(lr=1e-6))
+    optimizer = make_optimizer(model, ADAMW)
     found("parameters", sum(p.numel() for p in model.parameters()))
     first = make_batch(processor, sizes.batches[0], sizes.num_regions, device)
     found("tokens", {"caption": first.input_ids.shape[1], "region text": first.text_ids.shape[1]})
     flops = {name: count_flops(model, first, loss) for name, loss in (("CLIP", CLIP), ("CLOC", LossConfig()))}
     found("gflop_per_image", flops)
     grow(model, optimizer, processor, sizes, device, found)
-    found("variants", variants(model, optimizer, first, sizes, device))
+    found("variants", variants(model, optimizer, processor, first, sizes, device))
     found("optimizers", optimizers(model, first, sizes, device))
     if find_spec("open_clip") and device.type == "cuda":
         texts = torch.nn.functional.pad(first.input_ids, (0, 77 - first.input_ids.shape[1]))
@@ -156,10 +157,10 @@ def compiled(device: torch.device, sizes: Sizes, found: Found) -> None:
     apply_options(model, TrainConfig(compile=True))
     started = time.perf_counter()
     batch = make_batch(processor, sizes.batches[0], sizes.num_regions, device)
-    training_step(model, make_optimizer(model, OptimConfig(lr=1e-6)), batch, LossConfig())()
+    training_step(model, make_optimizer(model, ADAMW), batch, LossConfig())()
     found("first_step_s", time.perf_counter() - started)
     fewer = replace(sizes, batches=sizes.batches[:3])  # the second size compiles once more, for any size
-    grow(model, make_optimizer(model, OptimConfig(lr=1e-6)), processor, fewer, device, found)
+    grow(model, make_optimizer(model, ADAMW), processor, fewer, device, found)
 
 
 # -- the loss --------------------------------------------------------------------------------------------------------
@@ -237,10 +238,10 @@ def data(device: torch.device, sizes: Sizes, found: Found) -> None:
         with ShardWriter(f"{folder}/tars", samples_per_shard=max(1, sizes.photos // 4)) as writer:
             for number in range(sizes.photos):
                 writer.write(replace(scenes[number], key=f"{number:06d}"))
-        source = open_source(f"shards:{folder}/tars", image_px=config.model.image_size)
+        source = open_source(f"shards:{folder}/tars", image_px=config.model.side_px)
         found("photo_px", sizes.photo_px)
         tokenizer = train_tokenizer(["a photo of a dog"], 300, 77)
-        processor = ClocProcessor(tokenizer, image_size=config.model.image_size, max_text_length=77)
+        processor = ClocProcessor(tokenizer, image_size=config.model.side_px, max_text_length=77)
         rates = {}
         for workers in sizes.workers:
             rates[str(workers)] = loading_rate(source, processor, workers, sizes, device)

@@ -14,21 +14,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import take_turns, timed
-from opencloc.config import LossConfig, OptimConfig
+from benchmarks.step_setup import make_step
+from opencloc.config import LossConfig, LrFactors, OptimConfig
 from opencloc.data.batch import Batch, text_identity
 from opencloc.data.scenes.things import CHARACTERS
+from opencloc.loss import cloc_loss
 from opencloc.model.cloc import ClocConfig, ClocModel
 from opencloc.model.processor import ClocProcessor, train_tokenizer
 from opencloc.presets import PRESETS
 from opencloc.train.build import tower_config
 from opencloc.train.distributed import clip_gradients
 from opencloc.train.loop import backward
-from opencloc.train.optim import make_optimizer
+from opencloc.train.optim import make_optimizer, set_trained_parts
 
 CLIP = LossConfig(region_weight=0)
+ADAMW = OptimConfig(name="adamw", lr=1e-6)
 Found = Callable[[str, Any], None]  # keeps a finding under its name and saves all of them
 
 
@@ -130,7 +134,7 @@ def training_step(
     bf16 = batch.pixel_values.device.type == "cuda"
 
     def step() -> None:
-        backward(model, batch, loss, micro, bf16=bf16)
+        backward(model, batch, loss, micro, bf16=bf16, captions=model.clip.logit_scale.requires_grad)
         clip_gradients(model, 1.0)
         optimizer.step()
         model.bound_scales()
@@ -183,30 +187,53 @@ def grow(
 
 
 def variants(
-    model: ClocModel, optimizer: torch.optim.Optimizer, batch: Batch, sizes: Sizes, device: torch.device
+    model: ClocModel,
+    optimizer: torch.optim.Optimizer,
+    processor: ClocProcessor,
+    batch: Batch,
+    sizes: Sizes,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """Seconds of a CLOC step in other forms, all taking turns."""
+    """Seconds of steps in other forms, all taking turns."""
     steps = {"CLOC": training_step(model, optimizer, batch, LossConfig())}
+    ids: list[Any] = [processor.pack(texts.cpu()).to(device) for texts in (batch.input_ids, batch.text_ids)]
+
+    def packed(regions: bool) -> Tensor:
+        given = (batch.boxes, ids[1], batch.text_index) if regions else ()
+        output = model(batch.pixel_values, ids[0], *given)
+        return cloc_loss(output, batch.boxes, batch.valid, batch.text_hash, LossConfig()).total
+
+    def transformers() -> Tensor:
+        missing = processor.max_text_length - batch.input_ids.shape[1]
+        full = torch.nn.functional.pad(batch.input_ids, (0, missing), value=processor.tokenizer.pad_token_id)
+        return model.clip(pixel_values=batch.pixel_values, input_ids=full, return_loss=True).loss
+
+    bf16 = device.type == "cuda"
+    steps |= {
+        "CLIP, texts packed": make_step((lambda: packed(False), model), optimizer, device, bf16),
+        "CLOC, texts packed": make_step((lambda: packed(True), model), optimizer, device, bf16),
+        "CLIP by plain transformers, captions padded in full": make_step(
+            (transformers, model), optimizer, device, bf16
+        ),
+    }
     steps["CLOC, micro-batches of a quarter"] = training_step(
         model, optimizer, batch, LossConfig(), max(1, len(batch.pixel_values) // 4)
     )
-    towers = [model.clip.vision_model, model.clip.text_model]  # their projections are trained all the same
-    for name, count in (("the vision tower frozen", 1), ("both towers frozen", 2)):
-        frozen = [parameter for tower in towers[:count] for parameter in tower.parameters()]
-        steps[f"CLOC, {name}"] = with_frozen(frozen, training_step(model, optimizer, batch, LossConfig()))
+    for name, factors in (("the vision tower", LrFactors(vision=0)), ("both towers", LrFactors(towers=0))):
+        steps[f"CLOC, {name} frozen"] = with_factors(model, factors, optimizer, batch)
     times = take_turns({n: lambda _, s=s: timed(s, device) for n, s in steps.items()}, sizes.rounds)
     return summary(times)
 
 
-def with_frozen(parameters: list[Any], step: Callable[[], None]) -> Callable[[], None]:
-    """The step while these parameters are not trained."""
+def with_factors(
+    model: ClocModel, factors: LrFactors, optimizer: torch.optim.Optimizer, batch: Batch
+) -> Callable[[], None]:
+    """A step while the parts whose factor is 0 are frozen."""
 
     def run() -> None:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        step()
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+        set_trained_parts(model, factors)
+        training_step(model, optimizer, batch, LossConfig())()
+        set_trained_parts(model, LrFactors())
 
     return run
 

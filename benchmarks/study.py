@@ -52,10 +52,7 @@ SEEDS = (0, 1, 2, 3, 4)
 SETS = {  # what the final models are scored on; no scene of them was trained on
     "seen": "split=train",
     "unseen combinations": "split=unseen_combinations",
-    "unseen things": "split=unseen_things",
-    "second style": "split=train&style=sketch",
 }
-SETS_OF = {"things": tuple(SETS), "pairs": ("seen", "unseen combinations")}
 NUM_IMAGES = 256  # of each set
 NUM_IMAGES_ON_THE_WAY = 128
 NUM_LABELLED = 6000  # scenes labelled through VESL
@@ -170,7 +167,7 @@ def tuning() -> list[Variant]:
             by_name[name],
             name=f"{name}_lr{lr:g}",
             group="learning rate",
-            fields=by_name[name].fields | {"optim.lr": lr},
+            fields={**by_name[name].fields, "optim.lr": lr},
         )
         for name in TUNED
         for lr in LEARNING_RATES
@@ -198,12 +195,13 @@ def run(variant: Variant, seed: int, out: Path, steps: int, device: str) -> None
     final = {}
     for way in ways:
         encoder = load_encoder(folder / "model", way, device=device)
-        final[way] = {name: score(encoder, variant.world, name, NUM_IMAGES) for name in SETS_OF[variant.world]}
+        final[way] = {name: score(encoder, variant.world, name, NUM_IMAGES) for name in SETS}
     result = {
         "variant": variant.name,
         "seed": seed,
         "steps": config.steps,
         "lr": config.optim.lr,
+        "device": device,
         "curve": curve,
         "final": final,
     }

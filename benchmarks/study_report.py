@@ -20,7 +20,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from benchmarks.study import NOISE, SETS, WORLDS, Variant, read_costs, tuning, variants
+from benchmarks.study import NOISE, SETS, WORLDS, Variant, variants
 
 COLUMNS = (  # heading, set, score
     ("i2t R@1", "seen", "i2t_r1"),
@@ -28,8 +28,6 @@ COLUMNS = (  # heading, set, score
     ("top-1", "seen", "region_top1"),
     ("mAcc", "seen", "region_macc"),
     ("mAcc, unseen combinations", "unseen combinations", "region_macc"),
-    ("mAcc, unseen things", "unseen things", "region_macc"),
-    ("mAcc, second style", "second style", "region_macc"),
     ("Acc@0.5", "seen", "ground_acc50"),
     ("Acc@0.5, unseen combinations", "unseen combinations", "ground_acc50"),
 )
@@ -197,9 +195,9 @@ def draw_examples(model: Path, path: Path) -> None:
     """Unseen scenes with the name that `cross` gives each box, and the box it finds for each text."""
     from opencloc.data.sources.spec import open_source
     from opencloc.eval.encoders import load_encoder
+    from opencloc.eval.pictures import predict
     from opencloc.eval.sets.item import Unread, load
     from opencloc.eval.sets.source import source_set
-    from opencloc.eval.tasks import predict
 
     source: Any = open_source(f"scenes:rich?{WORLDS['things']}&seed=1&{SETS['seen']}")
     (loaded,) = load(source_set(source, "seen"), PICTURES, PICTURES, Unread(allowed=0))

@@ -92,6 +92,8 @@ def _train(arguments: list[str]) -> int | None:
     if any(argument.replace("_", "-").startswith("--model.init-from") for argument in rest):
         default = from_scratch_left_out(default)
     config = _parse(TrainConfig, rest, f"train {first}", default=default)
+    if config.model.init_from == "CHECKPOINT" and not Path("CHECKPOINT").exists():
+        raise ValueError(f"{first} starts from a checkpoint: --model.init-from FOLDER_OR_HUB_ID")
     try:
         model = train(config)
         if os.environ.get("RANK", "0") == "0":  # under torchrun one of them says it
@@ -155,6 +157,22 @@ def _data_view(arguments: list[str]) -> None:
     sheet = write_view(config)
     print(config.out)
     print(f"{sheet.regions:,} regions on {sheet.images:,} images{and_skipped(sheet.skipped)}")
+
+
+def _data_check(arguments: list[str]) -> None:
+    """Look at a data set before training: counts, skips, suspicious boxes, a picture of samples"""
+    from opencloc.data.inspect.check import CheckConfig, write_check
+    from opencloc.errors import and_skipped
+
+    config = _parse(CheckConfig, arguments, "data check")
+    found = write_check(config)
+    print(config.out)
+    images = f"{found.stats.images_with_regions:,} of {found.stats.images:,} images read"
+    print(f"{found.stats.regions:,} regions on {images}{and_skipped(found.stats.skipped)}")
+    for one in found.suspicions:
+        print(f"opencloc data check: SUSPICIOUS: {one.what} ({one.share:.0%}): {one.advice}", file=sys.stderr)
+    if not found.suspicions:
+        print(f"Nothing suspicious; look at {config.out}/samples.png all the same.")
 
 
 def _data_pack(arguments: list[str]) -> None:
@@ -274,6 +292,37 @@ def _value(arguments: list[str], option: str) -> str | None:
     return None
 
 
+def _interpolate(arguments: list[str]) -> None:
+    """Write the checkpoint between a fine-tuned model and its start (WiSE-FT)"""
+    from transformers.utils.logging import disable_progress_bar
+
+    from opencloc.model.interpolate import InterpolateConfig, write_interpolated
+
+    config = _parse(InterpolateConfig, arguments, "interpolate")
+    disable_progress_bar()  # transformers' own
+    print(write_interpolated(config))
+    print(f"{100 * config.share:g} % of the way from {config.start} to {config.model}")
+
+
+def _card(arguments: list[str]) -> None:
+    """Write a checkpoint's model card: data, licence, scores, code that runs"""
+    from opencloc.model.card import CardConfig, write_card
+
+    print(write_card(_parse(CardConfig, arguments, "card")))
+
+
+def _push(arguments: list[str]) -> None:
+    """Publish a checkpoint or an export on the Hugging Face hub"""
+    from transformers.utils.logging import disable_progress_bar
+
+    from opencloc.model.hub import PushConfig, push
+
+    config = _parse(PushConfig, arguments, "push")
+    disable_progress_bar()  # transformers' own
+    print(push(config))
+    print(f"There are now the files of {config.model}.")
+
+
 def _group(name: str, **parts: type) -> Any:
     """A class of several configurations, whose fields the command line takes without the parts' names."""
     import tyro
@@ -316,9 +365,13 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "export": _export,
     "mllm build": _mllm_build,
     "mllm train": _mllm_train,
+    "interpolate": _interpolate,
+    "card": _card,
+    "push": _push,
     "data scenes": _data_scenes,
     "data stats": _data_stats,
     "data view": _data_view,
+    "data check": _data_check,
     "data pack": _data_pack,
     "data cache": _data_cache,
 }

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import data_libraries, patch_dropout, presence, scene_detector, step_setup, study
+from benchmarks import data_libraries, gpu, patch_dropout, presence, scene_detector, step_setup, study
 from examples.yolox_detector import COCO_CLASSES
 from opencloc.data.sidecar import SidecarRow, sidecar_path, write_sidecar
 from opencloc.data.sources.coco import Coco, CocoConfig
@@ -153,6 +153,54 @@ def test_loss(run: Run) -> None:
     assert "| 64 |" in (out / "README.md").read_text()
 
 
+# -- one GPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["machine", "steps", "loss", "data"])
+def test_gpu_parts_find_what_the_page_shows(run: Run, part: str) -> None:
+    found = json.loads(run("gpu_parts", part, "--device", "cpu").read_text())
+    page = gpu.report({"command": "", "commit": "", "parts": {part: {"outcome": "done", "found": found}}})
+    assert "## " in page
+    if part == "steps":
+        assert {"2", "4"} == set(found["batches"])
+        assert "| CLOC, both towers frozen |" in page
+
+
+@pytest.mark.slow
+def test_gpu_runs_each_part_in_its_own_process_and_keeps_what_earlier_runs_found(run: Run) -> None:
+    threads = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in threads.items():
+            patch.setenv(name, value)
+        patch.setattr(gpu, "LIMITS_S", dict.fromkeys(gpu.LIMITS_S, 900))
+        run("gpu", "--device", "cpu", "--minutes", 60, "--only", "tests", "tiny", "compiled")
+        out = run("gpu", "--device", "cpu", "--minutes", 60, "--only", "machine")
+    figures = json.loads((out / "figures.json").read_text())
+    assert set(figures["parts"]) == {"machine", "tests", "tiny", "compiled"}
+    assert figures["parts"]["tiny"]["found"]["steps"] == 2
+    assert "| a step never waits for the gpu |" in (out / "README.md").read_text()
+
+
+def test_gpu_names_parts_that_fail_and_parts_without_time(tmp_path: Path) -> None:
+    with (tmp_path / "log.txt").open("w") as log:
+        failed = gpu.run_part("no such part", "cpu", 900, log)
+        late = gpu.run_part("machine", "cpu", 1, log)
+    assert failed["outcome"].startswith("failed with exit code 2")
+    assert late["outcome"].startswith("left out")
+    page = gpu.report({"command": "", "commit": "", "parts": {"steps": failed, "machine": late}})
+    assert "| machine | left out: no time was left |" in page
+    assert "invalid choice" in (tmp_path / "log.txt").read_text()
+
+
+def test_gpu_shell_script_says_how_it_is_used() -> None:
+    script = ROOT / "benchmarks" / "gpu.sh"
+    done = subprocess.run(
+        [script, "--help"], capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--minutes" in done.stdout
+
+
 # -- data ----------------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +209,32 @@ def test_data(run: Run, photos: Path) -> None:
     sets = json.loads((out / "figures.json").read_text())["sets"]
     assert [found["photos"] for found in sets.values()] == [16, 4]
     assert "opencloc, with regions" in (out / "README.md").read_text()
+
+
+def test_data_open(run: Run) -> None:
+    out = run("data_open", "--images", 8, "--boxes", 30, "--rounds", 1)
+    figures = json.loads((out / "figures.json").read_text())
+    assert {name: len(rounds) for name, rounds in figures["seconds"].items()} == {
+        "json.load": 1,
+        "first": 1,
+        "again": 1,
+    }
+    assert "| opening again, in any process |" in (out / "README.md").read_text()
+
+
+def test_scale_counts_every_sample_once_and_lists_a_folder_once(run: Run) -> None:
+    out = run("scale", "--shards", 40, "--samples", 5000, "--ranks", 4, "--preset", "tiny")
+    figures = json.loads((out / "figures.json").read_text())
+    assert figures["exact"]["once"] == figures["exact"]["positions"] == 80
+    assert all(one["tars_in_no_lane"] == 0 for one in figures["sharing"].values())
+    opened, labels = figures["opening"], figures["labelling"]
+    assert opened["first"]["calls"]["reads"] == 40
+    assert "reads" not in opened["again"]["calls"]
+    assert opened["again"]["calls"]["looks"] < 10
+    assert labels["find"]["calls"]["looks"] < 10
+    assert labels["find"]["calls"]["listings"] == labels["resume"]["calls"]["listings"] == 1
+    assert (labels["pending"], labels["finished"], labels["retry"]["redone"]) == (20, 20, 2)
+    assert "| measured | tiny |" in (out / "README.md").read_text()
 
 
 def test_data_libraries_decode_at_the_scale_needed_and_letterbox_as_opencloc_does() -> None:

@@ -30,7 +30,8 @@ from opencloc.train.build import apply_options, build_model
 from opencloc.train.checkpoint import save_model
 from opencloc.train.distributed import clip_gradients
 from opencloc.train.loop import backward, train
-from opencloc.train.optim import make_optimizer, orthogonalize
+from opencloc.train.muon import orthogonalize
+from opencloc.train.optim import make_optimizer
 from tests.train.runs import MakeConfig, cut_off, log, steps_kept
 
 ROOT = Path(__file__).parents[2]
@@ -190,13 +191,17 @@ def test_the_predictor_answers_alike(gpu: torch.device, config: MakeConfig, tmp_
 
 @pytest.mark.parametrize("shape", [(32, 32), (24, 96), (96, 24)])
 def test_a_matrix_is_made_orthogonal_as_on_the_cpu(gpu: torch.device, shape: tuple[int, int]) -> None:
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    close(orthogonalize(matrix.to(gpu)), orthogonalize(matrix), 1e-3)
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    close(orthogonalize(matrices.to(gpu)), orthogonalize(matrices), 1e-3)
+    values = torch.linalg.svdvals(orthogonalize(matrices.to(gpu).bfloat16()).float())
+    assert values.max() < 1.4
+    assert values.median() > 0.6
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_run_goes_as_on_the_cpu(gpu: torch.device, config: MakeConfig, tmp_path: Path, name: Any) -> None:
-    """Losses, gradient norm and scales of every step."""
+    """Losses, gradient norm and scales of every step.  Muon multiplies in bf16 on a GPU."""
+    tolerance = 0.03 if name == "muon" else 5e-3
     optim = OptimConfig(name=name, lr=1e-3, warmup_steps=2, eps=1e-3)
     records = []
     for device in ("cpu", "cuda"):
@@ -204,7 +209,7 @@ def test_a_run_goes_as_on_the_cpu(gpu: torch.device, config: MakeConfig, tmp_pat
         records.append(log(tmp_path / device))
     for expected, got in zip(*records, strict=True):
         for key in expected.keys() - {"images_per_s", "data_wait", "skipped"}:
-            assert got[key] == pytest.approx(expected[key], rel=5e-3, abs=5e-3), key
+            assert got[key] == pytest.approx(expected[key], rel=tolerance, abs=tolerance), key
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------
@@ -230,7 +235,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
     train(run)
     cut_off(tmp_path / "run", after=2)
     train(run)
-    assert_same_weights(tmp_path / "run", tmp_path / "whole", 1e-5)
+    assert_same_weights(tmp_path / "run", tmp_path / "whole", 1e-4)
 
 
 def test_a_run_that_becomes_nan_stops_and_keeps_the_checkpoint_before(
@@ -279,11 +284,20 @@ def test_the_loss_over_a_group_of_one_is_the_loss(gpu: torch.device, group: dist
     close(together, alone, 1e-6)
 
 
-@pytest.mark.parametrize(("sharding", "micro_batch_size"), [("ddp", None), ("fsdp", None), ("fsdp", 4)])
+@pytest.mark.parametrize(
+    ("sharding", "optimizer", "micro_batch_size"),
+    [
+        ("ddp", "adamw", None),
+        ("fsdp", "adamw", None),
+        ("fsdp", "adamw", 4),
+        ("ddp", "muon", None),
+        ("fsdp", "muon", None),
+    ],
+)
 def test_one_rank_trains_what_a_single_process_trains(
-    gpu: torch.device, config: MakeConfig, tmp_path: Path, sharding: Any, micro_batch_size: int | None
+    gpu: torch.device, config: MakeConfig, tmp_path: Path, sharding: Any, optimizer: Any, micro_batch_size: int | None
 ) -> None:
-    optim = OptimConfig(lr=1e-3, warmup_steps=2, eps=1e-3)
+    optim = OptimConfig(name=optimizer, lr=1e-3, warmup_steps=2, eps=1e-3)
     plain = config(tmp_path / "plain", device="cuda", optim=optim, micro_batch_size=micro_batch_size)
     train(plain)
     torch.cuda.set_device(gpu)
@@ -292,7 +306,7 @@ def test_one_rank_trains_what_a_single_process_trains(
         train(replace(plain, out=str(tmp_path / sharding), sharding=sharding))
     finally:
         dist.destroy_process_group()
-    assert_same_weights(tmp_path / sharding, tmp_path / "plain", 1e-4)
+    assert_same_weights(tmp_path / sharding, tmp_path / "plain", 1e-3 if optimizer == "muon" else 1e-4)
 
 
 # -- compilation -----------------------------------------------------------------------------------------------------

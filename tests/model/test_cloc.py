@@ -387,3 +387,13 @@ def test_a_prompter_without_patch_embeddings_has_no_heat_maps(make_model: MakeMo
     model = make_model(prompter="encoder")
     with pytest.raises(ValueError, match="the encoder Prompter has no heat maps"):
         model.heatmap(model.encode_image(pixels()), torch.zeros(2, 1, 24))
+
+
+@pytest.mark.parametrize("prompter", PROMPTERS)
+def test_towers_that_are_given_keep_every_weight(make_model: MakeModel, prompter: str) -> None:
+    trained = make_model().clip
+    torch.nn.init.normal_(trained.vision_model.embeddings.position_embedding.weight)
+    before = copy.deepcopy(trained.state_dict())
+    model = ClocModel(ClocConfig(clip_config=trained.config, prompter=prompter), towers_model=trained)
+    for name, weight in model.clip.state_dict().items():
+        assert torch.equal(weight, before[name]), name

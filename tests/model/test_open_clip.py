@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -212,7 +214,7 @@ def test_every_tensor_has_its_place(
 def test_pickled_weights_are_not_opened(write: Callable[..., tuple[Path, Any]]) -> None:
     folder, _ = write()
     (folder / "open_clip_model.safetensors").rename(folder / "open_clip_pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"there is no open_clip_model\.safetensors; weights in pickles"):
+    with pytest.raises(ValueError, match=r"open_clip_pytorch_model\.bin is a pickle, .* is not opened"):
         load_encoder(folder, "crop")
 
 
@@ -245,3 +247,10 @@ def test_a_vision_tower_without_a_text_tower_is_refused(tmp_path: Path) -> None:
     DINOv3ViTConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"towers must be one of clip, siglip, siglip2; got a 'dinov3_vit' config"):
         ClocModel.from_clip(tmp_path)
+
+
+def test_transformers_classes_can_be_imported_after_opencloc() -> None:
+    """Importing them registers ours on the way, which must not ask for what is just being imported."""
+    code = "import opencloc\nfrom transformers import CLIPConfig, CLIPModel"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -37,6 +37,7 @@ from opencloc.model.prompter import (
     PROMPTERS,
     CrossPrompter,
     DenseBoxHead,
+    Memory,
     MlpBoxHead,
     PoolCrossPrompter,
     Prompter,
@@ -86,6 +87,7 @@ class ClocModel(PreTrainedModel):
         towers.check_family(clip)
         self.embed_dim, self.grid = towers.embed_dim(clip), towers.patch_grid(clip)
         width = clip.vision_config.hidden_size
+        self._towers_given = towers_model is not None
         self.clip: Any = AutoModel.from_config(clip) if towers_model is None else towers_model
         if towers_model is not None:  # the base class has just reset the choice in the configuration they share
             towers_model.set_attn_implementation(config._attn_implementation or "sdpa")
@@ -99,6 +101,10 @@ class ClocModel(PreTrainedModel):
         if self.has_text_prompts:
             self.box_head = DenseBoxHead(width, self.grid) if is_dense else MlpBoxHead(self.embed_dim, width)
         self.region_logit_scale: nn.Parameter | None = nn.Parameter(torch.zeros(())) if kind.is_trained else None
+        if config.basis_cycles is not None:
+            for module in self.modules():
+                if isinstance(module, PromptEncoder | Memory):
+                    module.max_cycles = config.basis_cycles
         self.post_init()
 
     @property
@@ -118,7 +124,8 @@ class ClocModel(PreTrainedModel):
             for _, kind in module.named_parameters(recurse=False):  # of corner, point, text
                 init.normal_(kind, std=0.5)
             table, before = towers.position_table(self.clip)  # here, since transformers skips a `self` without weights
-            if self.config.shared_positions and not getattr(table.weight, "_is_hf_initialized", False):
+            is_new = not self._towers_given and not getattr(table.weight, "_is_hf_initialized", False)
+            if self.config.shared_positions and is_new:
                 self._start_positions_from_basis(table, before)
         elif isinstance(module, CrossPrompter):
             for linear in (module.value, module.out):

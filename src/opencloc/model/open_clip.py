@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel
+from transformers import PreTrainedConfig  # no CLIP classes: they may be on their way in just now
 
 from opencloc.images import MEAN_RGB, STD_RGB
 
@@ -56,7 +56,7 @@ def is_open_clip(path: str | Path) -> bool:
     return (folder / CONFIG).is_file() and not any(folder.glob("model*.safetensors"))
 
 
-def read_config(path: str | Path) -> CLIPConfig:
+def read_config(path: str | Path) -> PreTrainedConfig:
     """transformers' configuration of an OpenCLIP folder.
 
     Raises ValueError naming the setting that transformers' CLIP has no place for: towers of timm, ResNets, language
@@ -80,6 +80,8 @@ def read_config(path: str | Path) -> CLIPConfig:
     if len(sides) != 2 or sides[0] != sides[1] or not isinstance(layers, int):
         raise ValueError(f"{path}: needs a ViT that sees a square; it has image_size {side} and layers {layers}")
     width, act = vision.get("width", 768), "quick_gelu" if cfg.get("quick_gelu") else "gelu"
+    from transformers import CLIPConfig
+
     return CLIPConfig(
         projection_dim=cfg["embed_dim"],
         vision_config=_tower(vision, 768, width // vision.get("head_width", 64), act)
@@ -90,14 +92,14 @@ def read_config(path: str | Path) -> CLIPConfig:
     )
 
 
-def load(path: str | Path) -> CLIPModel:
-    """The model of an OpenCLIP folder, in float32.
+def load(path: str | Path, **options: Any) -> Any:
+    """What `CLIPModel.from_pretrained` returns for these options, with the weights of an OpenCLIP folder.
 
-    Raises ValueError naming tensors that have no place in transformers' CLIP, or another shape there, or are missing.
+    Raises ValueError naming tensors that have no place in transformers' CLIP.
     """
-    config = read_config(path)
+    config: Any = read_config(path)
     if not (file := Path(path) / WEIGHTS).is_file():
-        raise ValueError(f"{path}: there is no {WEIGHTS}; weights in pickles (.bin, .pt) are not opened")
+        raise ValueError(f"{path}: there is no {WEIGHTS}")
     state: dict[str, Tensor] = {}
     unknown: list[str] = []
     for name, value in load_file(file).items():
@@ -105,18 +107,11 @@ def load(path: str | Path) -> CLIPModel:
         unknown += [] if found else [name]
         state |= found
     if unknown:
-        raise ValueError(f"{path}: {WEIGHTS} has {len(unknown)} tensors with no place in CLIP: {_some(unknown)}")
-    model = CLIPModel(config)
-    wanted = {name: value.shape for name, value in model.state_dict().items()}
-    for what, names in (
-        ("missing", [name for name in wanted if name not in state]),
-        ("unexpected", [name for name in state if name not in wanted]),
-        ("misshapen", [name for name in state if name in wanted and state[name].shape != wanted[name]]),
-    ):
-        if names:
-            raise ValueError(f"{path}: {len(names)} {what} weights: {_some(names)}")
-    model.load_state_dict(state)
-    return model.eval()
+        names = ", ".join(unknown[:5]) + ", ..." * (len(unknown) > 5)
+        raise ValueError(f"{path}: {WEIGHTS} has {len(unknown)} tensors with no place in CLIP: {names}")
+    from transformers import CLIPModel
+
+    return CLIPModel.from_pretrained(None, config=config, state_dict=state, **options)
 
 
 def image_settings(path: str | Path) -> dict[str, Any]:
@@ -168,7 +163,3 @@ def _placed(name: str, value: Tensor) -> dict[str, Tensor]:
         thirds = zip("qkv", value.chunk(3), strict=True)
         return {f"{layer}.self_attn.{one}_proj.{kind}": third.contiguous() for one, third in thirds}
     return {f"{layer}.{_BLOCK[part]}.{kind}": value} if part in _BLOCK else {}
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from opencloc import files
@@ -26,6 +27,7 @@ from opencloc.vesl.workers import InProcess, Processes, RayActors, Workers
 
 FAILED_SHARDS_IN_A_ROW = 10  # attempts, with no success between: then it is not the shards' fault
 INTERRUPTED = "interrupted"
+_AT_ONCE = 32  # small files read at the same time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +147,7 @@ def run_label(config: LabelConfig, run: RunConfig | None = None) -> RunReport:
     pending, finished = _split(config, shards)
     new_manifests = write_manifests(config, folders)
     if run.retry_failed:
-        redo = {shard for shard in finished if _has_skipped(shard)}
+        redo = _with_skipped(finished)
         pending, finished = [*pending, *redo], [shard for shard in finished if shard not in redo]
     report = RunReport(folders=tuple(folder or "." for folder in folders), finished_before=len(finished))
     if finished and pending:
@@ -277,6 +279,12 @@ def _remove_partial_files(config: LabelConfig, shards: Iterable[Shard]) -> None:
             if name.startswith(".") and name.endswith(".partial") and name[1:].rsplit(".", 2)[0] in outputs:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(local, name))
+
+
+def _with_skipped(finished: Sequence[Shard]) -> set[Shard]:
+    """The finished shards of which some image was skipped; their stats are read many at a time."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return {shard for shard, has in zip(finished, pool.map(_has_skipped, finished), strict=True) if has}
 
 
 def _has_skipped(shard: Shard) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from opencloc import files
 from opencloc.data.tars.urls import UNFINISHED, expand_urls
 
 
@@ -48,6 +49,20 @@ def test_a_folder_or_file_of_that_very_name_is_no_pattern(tmp_path: Path, name: 
         (folder / tar).touch()
         assert expand_urls(str(folder / tar)) == [str(folder / tar)]
     assert expand_urls(str(folder)) == sorted([str(folder / "0.tar"), str(folder / f"{name}.tar")])
+
+
+def test_many_named_tars_are_looked_up_by_one_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(50):
+        (tmp_path / f"{number:02d}.tar").touch()
+    looks, listings = [], []
+    for name, calls in (("exists", looks), ("is_folder", looks), ("versions", listings)):
+        original = getattr(files, name)
+        monkeypatch.setattr(files, name, lambda url, of=original, calls=calls: calls.append(url) or of(url))
+    assert len(expand_urls(f"{tmp_path}/{{00..49}}.tar")) == 50
+    assert listings == [str(tmp_path)]
+    assert len(looks) <= 1
+    with pytest.raises(FileNotFoundError, match=r"50\.tar: no such shard"):
+        expand_urls(f"{tmp_path}/{{00..50}}.tar")
 
 
 @pytest.mark.parametrize("pattern", ["", "*.tar", "{0..0}*.tar"])

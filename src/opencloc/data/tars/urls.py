@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from opencloc import files
 
@@ -27,8 +27,11 @@ def expand_urls(pattern: str | Sequence[str], *, must_exist: bool = True) -> lis
     if not isinstance(pattern, str):
         return [url for one in pattern for url in expand_urls(one, must_exist=must_exist)]
     found: list[str] = []
-    for url in [pattern] if "{" not in pattern or files.exists(pattern) else _expand_braces(pattern):
-        if not must_exist and url.endswith(".tar") and not re.search(r"[*?\[]", url):
+    urls = [pattern] if "{" not in pattern or files.exists(pattern) else _expand_braces(pattern)
+    listings: dict[str, Collection[str]] = {}  # folder -> names: of many tars not every one is asked for
+    for url in urls:
+        is_name = url.endswith(".tar") and not re.search(r"[*?\[]", url)
+        if is_name and (not must_exist or (len(urls) > 1 and _is_listed(url, listings))):
             found.append(url)
         elif files.is_folder(url):
             inside = files.children(url)
@@ -51,6 +54,14 @@ def expand_urls(pattern: str | Sequence[str], *, must_exist: bool = True) -> lis
         else:
             raise FileNotFoundError(f"{url}: no such shard" + (f" (from {pattern})" if url != pattern else ""))
     return found
+
+
+def _is_listed(url: str, listings: dict[str, Collection[str]]) -> bool:
+    """Whether a file of this name is in the listing of its folder, which is made once."""
+    folder, name = os.path.split(url)
+    if folder not in listings:
+        listings[folder] = files.versions(folder) or ()
+    return name in listings[folder]
 
 
 def _not_finished(folder: str) -> str:
