@@ -93,7 +93,7 @@ def layer_parameters(width: int) -> int:
 def num_parameters(model: ModelConfig) -> int:
     """Of the whole model."""
     d, w, e = model.vision_width, model.text_width, model.embed_dim
-    patches = (model.image_size // model.patch_size) ** 2
+    patches = (model.side_px // model.patch_size) ** 2
     vision = model.vision_layers * layer_parameters(d) + d * (3 * model.patch_size**2 + 1 + patches + 1 + 4 + e)
     text = model.text_layers * layer_parameters(w) + w * (model.vocab_size + model.text_length + 2 + e)
     prompts = 3 * d
@@ -106,7 +106,7 @@ def num_parameters(model: ModelConfig) -> int:
 def forward_flops(config: TrainConfig) -> float:
     """Of the towers, for one image, its caption and its region texts."""
     model = config.model
-    patches = (model.image_size // model.patch_size) ** 2
+    patches = (model.side_px // model.patch_size) ** 2
     d, w = model.vision_width, model.text_width
     embed = 2 * patches * 3 * model.patch_size**2 * d
     layers = model.vision_layers * layer_flops(config.data.kept_patches(patches) + 1, d)
@@ -135,7 +135,7 @@ def loss_flops(config: TrainConfig) -> float:
 def image_memory(config: TrainConfig, precision: str) -> float:
     """Bytes of activations that one image and its texts leave for the backward pass."""
     model = config.model
-    patches = (model.image_size // model.patch_size) ** 2
+    patches = (model.side_px // model.patch_size) ** 2
     image_tokens = config.data.kept_patches(patches) + 1
     text_tokens = CAPTION_TOKENS + REGION_TEXT_TOKENS * _num_regions(config)
     total = 0.0

@@ -238,10 +238,10 @@ def data(device: torch.device, sizes: Sizes, found: Found) -> None:
         with ShardWriter(f"{folder}/tars", samples_per_shard=max(1, sizes.photos // 4)) as writer:
             for number in range(sizes.photos):
                 writer.write(replace(scenes[number], key=f"{number:06d}"))
-        source = open_source(f"shards:{folder}/tars", image_px=config.model.image_size)
+        source = open_source(f"shards:{folder}/tars", image_px=config.model.side_px)
         found("photo_px", sizes.photo_px)
         tokenizer = train_tokenizer(["a photo of a dog"], 300, 77)
-        processor = ClocProcessor(tokenizer, image_size=config.model.image_size, max_text_length=77)
+        processor = ClocProcessor(tokenizer, image_size=config.model.side_px, max_text_length=77)
         rates = {}
         for workers in sizes.workers:
             rates[str(workers)] = loading_rate(source, processor, workers, sizes, device)

@@ -1,6 +1,6 @@
 """Table and plots of `benchmarks.mllm_study`: its runs' results, side by side.
 
-    python -m benchmarks.mllm_study_report --runs runs/mllm_study --out results/mllm
+python -m benchmarks.mllm_study_report --runs runs/mllm_study --out results/mllm
 """
 
 from __future__ import annotations

@@ -195,9 +195,9 @@ def draw_examples(model: Path, path: Path) -> None:
     """Unseen scenes with the name that `cross` gives each box, and the box it finds for each text."""
     from opencloc.data.sources.spec import open_source
     from opencloc.eval.encoders import load_encoder
+    from opencloc.eval.pictures import predict
     from opencloc.eval.sets.item import Unread, load
     from opencloc.eval.sets.source import source_set
-    from opencloc.eval.tasks import predict
 
     source: Any = open_source(f"scenes:rich?{WORLDS['things']}&seed=1&{SETS['seen']}")
     (loaded,) = load(source_set(source, "seen"), PICTURES, PICTURES, Unread(allowed=0))

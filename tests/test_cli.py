@@ -75,8 +75,8 @@ def test_a_preset_starts_from_a_checkpoint_whose_sizes_nobody_gives_twice(
     assert main([*start, "--batch-size", "2", "--out", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().out.startswith(f"{tmp_path}/run/model\n1 steps of 2 images")
     with pytest.raises(SystemExit):
-        main([*start, "--model.image-size", "96", "--out", str(tmp_path / "other")])
-    assert "leave out model.image_size" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+        main([*start, "--model.patch-size", "32", "--out", str(tmp_path / "other")])
+    assert "leave out model.patch_size" in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 def test_train_eval_and_export_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,7 +80,8 @@ def test_errors_say_the_field_what_is_allowed_and_what_there_was(make: Any, mess
         ('{"optim": {"beta1": 1e400}}', "optim.beta1: must be a finite number"),
         (f'{{"optim": {{"eps": 1{"0" * 400}}}}}', "optim.eps: must be a finite number"),
         ('{"model": {"image_size": 30, "patch_size": 8}}', "model.image_size must be a multiple of model.patch_size"),
-        ('{"optim": {"name": "muon"}, "sharding": "fsdp"}', "optim.name must be adamw where sharding is fsdp"),
+        ('{"optim": {"lr_factors": {"vison": 0}}}', "optim.lr_factors.vison"),
+        ('{"optim": {"lr_factors": {"vision": "0"}}}', "optim.lr_factors.vision: must be a valid number"),
         ("[]", "the file: must be an object"),
         ("{", "Invalid JSON"),
         (b'{"out": "\xff"}', "Invalid JSON"),
@@ -119,7 +120,7 @@ def test_what_may_change_on_resuming_is_marked_where_it_is_declared() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{"image_size": 336}, {"family": "siglip"}, {"tokenizer": "x"}, {"text_length": 64}, {"vocab_size": 500}]
+    "given", [{"patch_size": 14}, {"family": "siglip"}, {"tokenizer": "x"}, {"text_length": 64}, {"vocab_size": 500}]
 )
 def test_sizes_beside_a_checkpoint_to_start_from_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"leave out model.{next(iter(given))}"):

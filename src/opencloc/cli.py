@@ -92,6 +92,8 @@ def _train(arguments: list[str]) -> int | None:
     if any(argument.replace("_", "-").startswith("--model.init-from") for argument in rest):
         default = from_scratch_left_out(default)
     config = _parse(TrainConfig, rest, f"train {first}", default=default)
+    if config.model.init_from == "CHECKPOINT" and not Path("CHECKPOINT").exists():
+        raise ValueError(f"{first} starts from a checkpoint: --model.init-from FOLDER_OR_HUB_ID")
     try:
         model = train(config)
         if os.environ.get("RANK", "0") == "0":  # under torchrun one of them says it
@@ -157,6 +159,22 @@ def _data_view(arguments: list[str]) -> None:
     print(f"{sheet.regions:,} regions on {sheet.images:,} images{and_skipped(sheet.skipped)}")
 
 
+def _data_check(arguments: list[str]) -> None:
+    """Look at a data set before training: counts, skips, suspicious boxes, a picture of samples"""
+    from opencloc.data.inspect.check import CheckConfig, write_check
+    from opencloc.errors import and_skipped
+
+    config = _parse(CheckConfig, arguments, "data check")
+    found = write_check(config)
+    print(config.out)
+    images = f"{found.stats.images_with_regions:,} of {found.stats.images:,} images read"
+    print(f"{found.stats.regions:,} regions on {images}{and_skipped(found.stats.skipped)}")
+    for one in found.suspicions:
+        print(f"opencloc data check: SUSPICIOUS: {one.what} ({one.share:.0%}): {one.advice}", file=sys.stderr)
+    if not found.suspicions:
+        print(f"Nothing suspicious; look at {config.out}/samples.png all the same.")
+
+
 def _data_pack(arguments: list[str]) -> None:
     """Write images and their labels as self-contained shards"""
     from opencloc.data.inspect.pack import PackConfig, pack
@@ -197,23 +215,15 @@ def _mllm_chat(arguments: list[str]) -> None:
     """Talk with a multimodal model about a photo, in the terminal"""
     from opencloc.mllm.terminal import ChatConfig, run_chat
 
-    _quiet_transformers()
     run_chat(_parse(ChatConfig, arguments, "mllm chat"))
 
 
 def _mllm_eval(arguments: list[str]) -> None:
     """Score multimodal models: opencloc mllm eval [TASK ...] --data LOCATION --model FOLDER ..."""
-    from opencloc.mllm.evaluate import BENCHMARKS, SOURCE_TASKS, MllmEvalConfig, run_mllm_eval
+    from opencloc.mllm.evaluate import MllmEvalConfig, list_tasks, run_mllm_eval
 
     if not arguments or arguments[0] in HELP:
-        print(f"{_mllm_eval.__doc__}\n\nTasks on any source (default: all five):")
-        for name, task in SOURCE_TASKS.items():
-            print(f"  {name:<20} {(task.__doc__ or '').splitlines()[0]}")
-        print("Tasks on a public set, from its own files (docs/guides/mllm.md):")
-        for name, (read, _) in BENCHMARKS.items():
-            print(f"  {name:<20} {(read.__doc__ or '').splitlines()[0]}")
-        print()
-    _quiet_transformers()
+        print(f"{_mllm_eval.__doc__}\n\n{list_tasks()}\n")
     count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
     tasks = ["--tasks", *arguments[:count]] if count else []
     run_mllm_eval(_parse(MllmEvalConfig, [*tasks, *_together(arguments[count:], "--data", "--model")], "mllm eval"))
@@ -221,32 +231,11 @@ def _mllm_eval(arguments: list[str]) -> None:
 
 def _mllm_export(arguments: list[str]) -> None:
     """Write a multimodal model as a plain LLaVA, for transformers, vLLM, lmms-eval and others"""
-    from opencloc.mllm.export import export_llava
-    from opencloc.mllm.model import RegionLlava
-    from opencloc.mllm.processor import RegionLlavaProcessor
-    from opencloc.model.export import check_apart
+    from opencloc.mllm.export import MllmExportConfig, run_export
 
-    @dataclass(frozen=True, kw_only=True)
-    class MllmExport:
-        """The model without its region tokens, as a folder that LlavaForConditionalGeneration loads."""
-
-        model: str
-        """Folder of the multimodal model."""
-        out: str
-        """Folder to write.  An earlier export of that name is replaced, anything else refused."""
-
-    config = _parse(MllmExport, arguments, "mllm export")
-    _quiet_transformers()
-    check_apart(config.model, config.out)
-    model = RegionLlava.from_pretrained(config.model)
-    print(export_llava(model, RegionLlavaProcessor.from_pretrained(config.model), config.out))
+    config = _parse(MllmExportConfig, arguments, "mllm export")
+    print(run_export(config))
     print(f"{config.model} as a plain LlavaForConditionalGeneration; regions need {config.model} itself.")
-
-
-def _quiet_transformers() -> None:
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
 
 
 def _export(arguments: list[str]) -> None:
@@ -330,6 +319,37 @@ def _value(arguments: list[str], option: str) -> str | None:
     return None
 
 
+def _interpolate(arguments: list[str]) -> None:
+    """Write the checkpoint between a fine-tuned model and its start (WiSE-FT)"""
+    from transformers.utils.logging import disable_progress_bar
+
+    from opencloc.model.interpolate import InterpolateConfig, write_interpolated
+
+    config = _parse(InterpolateConfig, arguments, "interpolate")
+    disable_progress_bar()  # transformers' own
+    print(write_interpolated(config))
+    print(f"{100 * config.share:g} % of the way from {config.start} to {config.model}")
+
+
+def _card(arguments: list[str]) -> None:
+    """Write a checkpoint's model card: data, licence, scores, code that runs"""
+    from opencloc.model.card import CardConfig, write_card
+
+    print(write_card(_parse(CardConfig, arguments, "card")))
+
+
+def _push(arguments: list[str]) -> None:
+    """Publish a checkpoint or an export on the Hugging Face hub"""
+    from transformers.utils.logging import disable_progress_bar
+
+    from opencloc.model.hub import PushConfig, push
+
+    config = _parse(PushConfig, arguments, "push")
+    disable_progress_bar()  # transformers' own
+    print(push(config))
+    print(f"There are now the files of {config.model}.")
+
+
 def _group(name: str, **parts: type) -> Any:
     """A class of several configurations, whose fields the command line takes without the parts' names."""
     import tyro
@@ -375,9 +395,13 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "mllm chat": _mllm_chat,
     "mllm eval": _mllm_eval,
     "mllm export": _mllm_export,
+    "interpolate": _interpolate,
+    "card": _card,
+    "push": _push,
     "data scenes": _data_scenes,
     "data stats": _data_stats,
     "data view": _data_view,
+    "data check": _data_check,
     "data pack": _data_pack,
     "data cache": _data_cache,
 }

@@ -50,11 +50,12 @@ class ModelConfig(Strict):
 
     init_from: str | None = None
     """Folder or hub id of a CLIP, SigLIP, SigLIP 2 or CLOC checkpoint to start from.  It brings its own sizes and
-    tokenizer, which then cannot be given here, and a CLOC checkpoint its region parts too."""
+    tokenizer, of which only `image_size` can be given here, and a CLOC checkpoint its region parts too."""
     family: Annotated[Literal["clip", "siglip", "siglip2"], FROM_SCRATCH] = "clip"
     """Which towers to build from scratch."""
-    image_size: Annotated[Count, FROM_SCRATCH] = 224
-    """Side of the square image in pixels."""
+    image_size: Annotated[Count | None, FROM_SCRATCH] = None
+    """Side of the square image in pixels.  None: 224 from scratch, else the checkpoint's own; for another size the
+    checkpoint's position table is interpolated."""
     patch_size: Annotated[Count, FROM_SCRATCH] = 16
     """Side of a patch in pixels."""
     vision_width: Annotated[Count, FROM_SCRATCH] = 768
@@ -88,12 +89,14 @@ class ModelConfig(Strict):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init_from is not None and (given := changed_fields(ModelConfig(), self, only=FROM_SCRATCH)):
+        if self.init_from is not None and (
+            given := changed_fields(ModelConfig(), replace(self, init_from=None, image_size=None), only=FROM_SCRATCH)
+        ):
             names = ", ".join(f"model.{name}" for name in given)
             raise ValueError(f"model.init_from brings its own sizes and tokenizer; leave out {names}")
-        if self.image_size % self.patch_size:
+        if self.init_from is None and self.side_px % self.patch_size:
             raise ValueError(
-                f"model.image_size must be a multiple of model.patch_size ({self.patch_size}), got {self.image_size}"
+                f"model.image_size must be a multiple of model.patch_size ({self.patch_size}), got {self.side_px}"
             )
         for side, width, heads in (
             ("vision", self.vision_width, self.vision_heads),
@@ -101,6 +104,11 @@ class ModelConfig(Strict):
         ):
             if width % heads:
                 raise ValueError(f"model.{side}_heads must be a divisor of {width}, got {heads}")
+
+    @property
+    def side_px(self) -> int:
+        """The image size of a model from scratch."""
+        return 224 if self.image_size is None else self.image_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -232,10 +232,10 @@ def _whole_pixels(low: float, high: float, size_px: int) -> tuple[int, int]:
 
 
 def mask_square(mask: np.ndarray) -> np.ndarray:
-    """A mask (H, W) in the letterbox's square, in its own resolution: (S, S) float32 with S the longer side."""
+    """A mask (H, W) in the letterbox's square, in its own resolution: (S, S) with S the longer side."""
     (height, width), side = mask.shape, max(mask.shape)
     top, left = (side - height) // 2, (side - width) // 2
-    square = np.zeros((side, side), np.float32)
+    square = np.zeros((side, side), mask.dtype)
     square[top : top + height, left : left + width] = mask
     return square
 

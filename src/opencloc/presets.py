@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opencloc.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from opencloc.config import DataConfig, LrFactors, ModelConfig, OptimConfig, TrainConfig
 
 
 def tiny() -> TrainConfig:
@@ -98,4 +98,17 @@ def vit_h14_336() -> TrainConfig:
     )
 
 
-PRESETS = {preset.__name__: preset for preset in (tiny, small, vit_b16, vit_l14_336, vit_h14_336)}
+def finetune(init_from: str = "CHECKPOINT") -> TrainConfig:
+    """From a pretrained checkpoint (--model.init-from): its towers hardly move, the regions are learned."""
+    return TrainConfig(
+        out="runs/finetune",
+        model=ModelConfig(init_from=init_from),
+        # the optimizer that pretrained towers were made with; they move at 1e-5, the fresh parts at 5e-4
+        optim=OptimConfig(name="adamw", lr=5e-4, lr_factors=LrFactors(towers=0.02), warmup_steps=200, weight_decay=0.1),
+        steps=5000,
+        batch_size=256,
+        checkpoint_every=500,
+    )
+
+
+PRESETS = {preset.__name__: preset for preset in (tiny, small, vit_b16, vit_l14_336, vit_h14_336, finetune)}

@@ -211,6 +211,17 @@ def test_data(run: Run, photos: Path) -> None:
     assert "opencloc, with regions" in (out / "README.md").read_text()
 
 
+def test_data_open(run: Run) -> None:
+    out = run("data_open", "--images", 8, "--boxes", 30, "--rounds", 1)
+    figures = json.loads((out / "figures.json").read_text())
+    assert {name: len(rounds) for name, rounds in figures["seconds"].items()} == {
+        "json.load": 1,
+        "first": 1,
+        "again": 1,
+    }
+    assert "| opening again, in any process |" in (out / "README.md").read_text()
+
+
 def test_scale_counts_every_sample_once_and_lists_a_folder_once(run: Run) -> None:
     out = run("scale", "--shards", 40, "--samples", 5000, "--ranks", 4, "--preset", "tiny")
     figures = json.loads((out / "figures.json").read_text())

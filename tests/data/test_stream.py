@@ -26,6 +26,7 @@ from opencloc.data.stream import (
     _Rows,
     check_skipped,
     choose_caption,
+    choose_regions,
     training_batches,
 )
 from opencloc.data.tars.shards import Shards
@@ -345,3 +346,22 @@ def test_captions_fall_back_to_alt_text_then_region_texts() -> None:
     assert choose_caption(regions, rng) == "dog"
     with pytest.raises(BadSample, match="no caption"):
         choose_caption(Sample(key="a", image=image), rng)
+
+
+@given(st.lists(st.integers(0, 4), max_size=12), st.integers(1, 6), st.integers(0, 99))
+def test_of_one_box_one_wording_is_drawn_at_a_time(boxes: list[int], count: int, seed: int) -> None:
+    rows = np.array([[0, 0, 1 / (box + 1), 1] for box in boxes], dtype=np.float32)
+    image = Image.new("RGB", (8, 8))
+    sample = Sample(key="k", image=image, boxes=rows, texts=tuple(f"text {i}" for i in range(len(boxes))))
+    chosen = choose_regions(sample, count, random.Random(seed))
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) == min(count, len(set(boxes))) == len({boxes[i] for i in chosen})
+    if len(set(boxes)) == len(boxes) > count:  # the draw that there has always been
+        assert chosen == sorted(random.Random(seed).sample(range(len(boxes)), count))
+
+
+def test_every_wording_has_its_turn() -> None:
+    rows = np.array([[0, 0, 0.5, 1]] * 3 + [[0.5, 0, 1, 1]], dtype=np.float32)
+    sample = Sample(key="k", image=Image.new("RGB", (8, 8)), boxes=rows, texts=("a", "b", "c", "other"))
+    draws = {tuple(choose_regions(sample, 2, random.Random(seed))) for seed in range(60)}
+    assert draws == {(0, 3), (1, 3), (2, 3)}

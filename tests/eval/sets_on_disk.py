@@ -137,7 +137,7 @@ def write_vsr(root: Path) -> None:
     """random/test.jsonl: two true and two false statements about two photos."""
     rows = []
     for number, colour in ((1, "red"), (2, "green")):
-        photo(root / f"images/{number:012}.jpg", colour)
+        photo(root / f"data/images/{number:012}.jpg", colour)
         for label, relation in ((1, "on"), (0, "under")):
             caption = f"The cat is {relation} the mat of {number}."
             more = {"image_link": "http://images.cocodataset.org/x", "relation": relation, "annotator_id": 5}

@@ -85,7 +85,7 @@ class ColourOracle(ClocModel):
     """
 
     has_text_prompts = True  # pyright: ignore[reportAssignmentType]
-    clip = None
+    clip, config = None, ClocConfig()
 
     def __init__(self) -> None:
         torch.nn.Module.__init__(self)
@@ -108,7 +108,7 @@ class ColourOracle(ClocModel):
         regions = []
         for pixels, rows in zip(features.tokens.unflatten(1, features.grid), prompts, strict=True):
             if isinstance(rows, list):
-                masks = [F.interpolate(one.mask[None, None], features.grid)[0, 0, :, :, None] for one in rows]
+                masks = [F.interpolate(one.mask[None, None].float(), features.grid)[0, 0, :, :, None] for one in rows]
                 regions.append(torch.stack([(pixels * mask).sum((0, 1)) for mask in masks]))
                 continue
             inner = (rows * side + torch.tensor([1.0, 1.0, -1.0, -1.0])).round().int().tolist()  # away from the edges
@@ -277,10 +277,13 @@ def test_coverage_counts_pixels(grid: tuple[int, int]) -> None:
         torch.testing.assert_close(share, counted, atol=1e-5, rtol=0)
 
 
-def test_a_prompter_without_text_prompts_cannot_ground(tower_config: Callable[[str], Any], tokenizer: Any) -> None:
+@pytest.mark.parametrize("options", [{"prompter": "roi"}, {"grounding_trained": False}])
+def test_a_model_without_text_prompts_or_a_trained_box_head_cannot_ground(
+    options: dict[str, Any], tower_config: Callable[[str], Any], tokenizer: Any
+) -> None:
     clip = tower_config("clip")
-    model = ClocModel(ClocConfig(clip_config=clip, prompter="roi")).eval()
-    encoder = ClocEncoder(model, ClocProcessor.for_towers(clip, tokenizer), name="roi")
+    model = ClocModel(ClocConfig(clip_config=clip, **options)).eval()
+    encoder = ClocEncoder(model, ClocProcessor.for_towers(clip, tokenizer), name="x")
     encoded = encoder.encode_images([Image.new("RGB", (8, 8))])
     assert encoder.ground(encoded, [encoder.encode_texts(["a dog"])]) is None
 

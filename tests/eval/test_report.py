@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from opencloc.eval.metrics import Score
+from opencloc.eval.pictures import Grounded, Prediction
 from opencloc.eval.report import Result, read_log, to_json, to_markdown, write_html_report
 from opencloc.eval.sets.item import Item, Loaded
-from opencloc.eval.tasks import Grounded, Prediction
 
 NAN = float("nan")
 

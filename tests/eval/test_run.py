@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,3 +178,16 @@ def test_the_python_of_the_guide_runs(
     (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
     exec(code, {})
     assert "| grounding: images used |" in capsys.readouterr().out
+
+
+def test_more_runs_than_curves_can_be_told_apart_are_scored_all_the_same(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    specs = []
+    for seed in range(5):
+        shutil.copytree(models["cloc"], tmp_path / f"run-{seed}" / "model")
+        (tmp_path / f"run-{seed}" / "log.jsonl").write_text('{"step": 1, "image_text": 2}\n')
+        specs.append(f"run-{seed}={tmp_path}/run-{seed}/model")
+    data = ["--data", "scenes:easy", "--num-images", "3", "--num-pictures", "0", "--resamples", "0"]
+    assert main(["eval", "image-retrieval", *data, "--out", str(tmp_path / "out"), "--model", *specs]) == 0
+    assert "left out: 5 runs, of which 4 could be told apart" in (tmp_path / "out" / "report.html").read_text()

@@ -96,63 +96,6 @@ def test_grit_images_may_lie_in_folders(tmp_path: Path) -> None:
     assert by_unit(data.skipped) == {"images": {"missing, of a row": 2}}
 
 
-def test_panoptic_segments_have_boxes_masks_and_bare_names(tmp_path: Path) -> None:
-    disk.write_panoptic(tmp_path)
-    data = open_set("coco-panoptic", str(tmp_path))
-    assert (data.class_names, data.class_groups[:2]) == (
-        ("person", "floor", "grass", "wall brick"),
-        ("things", "stuff"),
-    )
-    assert by_unit(data.skipped) == {"boxes": {"crowd annotation": 1}}
-    ((first, second),) = load(data, None, 2, Unread(allowed=0))
-    assert first.item.texts == ("person", "wall brick", "floor")
-    person, wall, floor = first.masks()
-    assert [int(mask.sum()) for mask in (person, wall, floor)] == [200, 300, 300]  # the person stands before both
-    assert person[5:15, 10:30].all()
-    assert second.item.texts == ("grass",)  # the other one has no pixel
-    assert second.item.skipped == {("boxes", "without a pixel in the image of segments"): 1}
-    (tmp_path / "annotations/panoptic_val2017/000000000001.png").unlink()
-    unread = Unread(allowed=1)
-    assert [one.number for batch in load(data, None, 2, unread) for one in batch] == [1]
-    assert unread.reasons == {"missing image file": 1}
-    with pytest.raises(FileNotFoundError, match=r"say where the masks lie by \?masks=FOLDER"):
-        open_set("coco-panoptic", f"{tmp_path}?masks=/nowhere")
-
-
-def test_open_images_boxes_lose_groups_and_keep_depictions(tmp_path: Path) -> None:
-    disk.write_open_images(tmp_path)
-    data = open_set("open-images-recognition", str(tmp_path))
-    first, second = data.items
-    assert (first.texts, first.boxes.tolist()) == (("Airplane",), [[0, 0.25, 0.5, 0.75]])
-    assert (second.texts, colour(second)) == (("Person",), "green")
-    assert data.class_names == ("airplane", "person", "balloon, hot air")
-    assert by_unit(data.skipped) == {"boxes": {"one box around a group": 1}}
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        (",/m/0cmf2,1,0,", ",/m/nothing,1,0,", r"bbox\.csv, line 2: LabelName '/m/nothing' is none of 3 classes"),
-        ("XMin", "Left", r"bbox\.csv: no column XMin in the first line"),
-        (",0,1,1,1,0,1,1\n", ",0,1\n", r"bbox\.csv, line 4: fewer fields than columns"),
-    ],
-)
-def test_broken_rows_of_open_images_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
-    disk.write_open_images(tmp_path)
-    file = tmp_path / "validation-annotations-bbox.csv"
-    file.write_text(file.read_text().replace(old, new))
-    with pytest.raises(ValueError, match=message):
-        open_set("open-images-recognition", str(tmp_path))
-
-
-def test_a_box_of_open_images_that_is_no_number_costs_itself_alone(tmp_path: Path) -> None:
-    disk.write_open_images(tmp_path)
-    file = tmp_path / "validation-annotations-bbox.csv"
-    file.write_text(file.read_text().replace(",0.1,0.9,", ",left,0.9,"))
-    data = open_set("open-images-recognition", str(tmp_path))
-    assert (data.num_items, by_unit(data.skipped)["boxes"]["bad box"]) == (1, 1)
-
-
 # -- whole images ------------------------------------------------------------------------------------------------------
 
 
@@ -210,38 +153,6 @@ def test_the_thousand_names_are_distinct_and_every_template_has_one_place() -> N
     assert [len(clip_templates(which)) for which in ("80", "7", "none")] == [80, 7, 0]
     assert all(template.count("{}") == 1 for template in clip_templates("80"))
     assert set(clip_templates("7")) < set(clip_templates("80"))
-
-
-def test_sugarcrepe_pairs_of_all_files_lie_with_their_images(tmp_path: Path) -> None:
-    disk.write_sugarcrepe(tmp_path)
-    data = open_set("sugarcrepe", str(tmp_path))
-    first, second = data.items
-    assert first.pairs[0] == ("add_att", "add_att of 1", "add_att, not 1")
-    assert ([len(item.pairs) for item in (first, second)], colour(second)) == ([4, 4], "green")
-    changed(tmp_path / "data/swap_obj.json", lambda content: next(iter(content.values())).update(caption=" "))
-    assert by_unit(open_set("sugarcrepe", str(tmp_path)).skipped) == {"texts": {"empty": 1}}
-    changed(tmp_path / "data/swap_obj.json", lambda content: next(iter(content.values())).update(caption=3))
-    with pytest.raises(ValueError, match=r"swap_obj\.json: entry '7' .*: caption must be str, it is 3"):
-        open_set("sugarcrepe", str(tmp_path))
-    (tmp_path / "data/swap_att.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no such file: .*swap_att\.json"):
-        open_set("sugarcrepe", str(tmp_path))
-
-
-def test_vsr_statements_are_true_or_false(tmp_path: Path) -> None:
-    disk.write_vsr(tmp_path)
-    data = open_set("vsr", str(tmp_path))
-    on, under = "The cat is on the mat of 1.", "The cat is under the mat of 1."
-    assert data.items[0].claims == ((on, True), (under, False))
-    file = tmp_path / "data/splits/random/test.jsonl"
-    for line, message in (
-        ("{", r"line 5: not JSON"),
-        ('{"label": 2, "caption": "", "image": ""}', r"label is 2, must be"),
-    ):
-        file.write_text(file.read_text() + line + "\n")
-        with pytest.raises(ValueError, match=message):
-            open_set("vsr", str(tmp_path))
-        file.write_text("".join(file.read_text().splitlines(keepends=True)[:4]))
 
 
 # -- grounding ---------------------------------------------------------------------------------------------------------

@@ -16,12 +16,12 @@ from PIL import Image
 
 from opencloc.data.sample import Sample
 from opencloc.errors import BadSample
+from opencloc.eval.pictures import predict
 from opencloc.eval.registry import SOURCE_TASKS, open_set
 from opencloc.eval.report import Result, flat_metrics
 from opencloc.eval.run import evaluate
 from opencloc.eval.sets.item import RESIZED, EvalSet, Item, Unread, load
 from opencloc.eval.sets.source import source_set
-from opencloc.eval.tasks import predict
 from tests.eval import sets_on_disk as disk
 from tests.eval.oracle import Oracle
 
@@ -77,65 +77,6 @@ def test_retrieval_takes_any_caption_of_an_image_and_every_caption_as_a_query(tm
     assert values(got, "i2t_r1", "i2t_r10") == [0.5, 1.0]
     assert (got.scores["i2t_r1"].of, got.scores["t2i_r1"].of) == ("2 images among 10", "10 captions among 2")
     assert (got.images, got.of_images) == (2, 2)
-
-
-def test_segments_are_named_by_boxes_and_by_masks_things_and_stuff_apart(tmp_path: Path) -> None:
-    disk.write_panoptic(tmp_path)
-    person, wall, floor = (0.25, 0.25, 0.75, 0.75), (0.0, 0.0, 1.0, 0.5), (0.0, 0.5, 1.0, 1.0)
-    knows: dict[Any, str] = {("red", person): "wall brick", ("red", wall): "wall brick", ("red", floor): "floor"}
-    knows |= {("red", "mask", person): "person", ("red", "mask", wall): "wall brick", ("red", "mask", floor): "grass"}
-    knows |= {("green", floor): "grass", ("green", "mask", floor): "grass"}
-    oracle = Oracle(knows)
-    by_box = result_of("coco-panoptic", str(tmp_path), oracle)
-    assert not any("mask" in key for key in by_box.scores)
-    oracle.takes_masks = True
-    got = result_of("coco-panoptic", str(tmp_path), oracle)
-    assert values(got, "top1", "top1_things", "top1_stuff") == [0.75, 0, 1]
-    assert values(got, "top1_masks", "top1_masks_things", "top1_masks_stuff") == pytest.approx([0.75, 1, 2 / 3])
-    assert (got.scores["top1"].of, got.scores["top1_masks"].of) == ("4 boxes", "4 masks")
-    assert got.scores["top1_masks_things"].label == "top-1, masks, things"
-    assert got.skipped == {"boxes": {"crowd annotation": 1, "without a pixel in the image of segments": 1}}
-    assert {key: one.value for key, one in by_box.scores.items() if one.count} == {
-        key: one.value for key, one in got.scores.items() if "mask" not in key and one.count
-    }
-
-
-def test_open_images_boxes_are_named_among_all_described_classes(tmp_path: Path) -> None:
-    disk.write_open_images(tmp_path)
-    plane, person = (0.0, 0.25, 0.5, 0.75), (0.1, 0.0, 0.9, 1.0)
-    oracle = Oracle({("red", plane): "airplane", ("green", person): "balloon, hot air"})
-    got = result_of("open-images-recognition", str(tmp_path), oracle)
-    assert values(got, "top1", "macc") == [0.5, 0.5]
-    assert got.scores["macc"].of == "2 classes present of 3"
-    assert got.skipped == {"boxes": {"one box around a group": 1}}
-
-
-def test_pairs_of_captions_are_scored_by_category_and_ties_are_wrong(tmp_path: Path) -> None:
-    disk.write_sugarcrepe(tmp_path)
-    got = result_of("sugarcrepe", str(tmp_path), Oracle({"red": "add_att of 1", "green": "add_att, not 2"}))
-    assert got.scores["top1"].of == "8 pairs"
-    assert values(got, "top1_add_att") == [0.5]
-    kinds = [score.value for key, score in got.scores.items() if key.startswith("top1_")]
-    assert len(kinds) == 7
-    assert values(got, "macc") == pytest.approx([sum(kinds) / 7])
-    flat = Oracle({})
-    flat.vector = lambda text: torch.ones(256) / 16  # knows nothing
-    assert values(result_of("sugarcrepe", str(tmp_path), flat), "top1", "macc") == [0, 0]
-
-
-def test_statements_are_scored_by_the_area_under_the_roc_curve(tmp_path: Path) -> None:
-    disk.write_vsr(tmp_path)
-    right = Oracle({"red": "the cat is on the mat of 1.", "green": "the cat is on the mat of 2."})
-    got = result_of("vsr", str(tmp_path), right)
-    assert values(got, "auc") == [1.0]
-    assert got.scores["auc"].of == "2 true statements against 2 false ones"
-    half = Oracle({"red": "the cat is on the mat of 1.", "green": "the cat is under the mat of 2."})
-    assert values(result_of("vsr", str(tmp_path), half), "auc")[0] in (
-        0.5,
-        0.75,
-    )  # the second true one beats one or none
-    half.vector = lambda text: torch.ones(256) / 16
-    assert values(result_of("vsr", str(tmp_path), half), "auc") == [0]
 
 
 def test_regions_with_equal_texts_are_all_hits(tmp_path: Path) -> None:

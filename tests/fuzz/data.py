@@ -27,7 +27,7 @@ from opencloc.data.sources.spec import open_source, take
 from opencloc.data.stream import TrainingExamples
 from opencloc.data.tars.shards import Shards, index_shard, iter_shard
 from opencloc.errors import BadSample
-from opencloc.eval.sets import captions, coco, flickr_entities, grit, refcoco
+from opencloc.eval.sets import captions, coco, flickr_entities, grit, open_images, panoptic, refcoco, statements
 from opencloc.eval.sets.item import IMAGES, EvalSet, Unread, load
 from opencloc.images import decode_image, is_oriented
 from tests.eval import sets_on_disk as on_disk
@@ -106,7 +106,7 @@ def _seen(data: EvalSet) -> Counter[str]:
 
 
 def annotation_files(world: World, rng: Random) -> None:
-    """annotations of COCO, LVIS, Karpathy, FG-OVD, RefCOCO, Flickr30k Entities"""
+    """annotations of COCO, LVIS, Open Images, Karpathy, FG-OVD, SugarCrepe, VSR, RefCOCO, Flickr30k Entities"""
     name, file = rng.choice(
         (
             ("coco", "annotations/instances_val2017.json"),
@@ -121,6 +121,12 @@ def annotation_files(world: World, rng: Random) -> None:
             ("entities", "Annotations/36979.xml"),
             ("entities", "Sentences/36979.txt"),
             ("entities", "test.txt"),
+            ("panoptic", "annotations/panoptic_val2017.json"),
+            ("panoptic", "annotations/panoptic_val2017/000000000001.png"),
+            ("open_images", "validation-annotations-bbox.csv"),
+            ("open_images", "class-descriptions-boxable.csv"),
+            ("sugarcrepe", "data/add_att.json"),
+            ("vsr", "data/splits/random/test.jsonl"),
         )
     )
     with world.fresh(world.sets / name) as folder:
@@ -145,6 +151,10 @@ def _read_set(name: str, file: str, folder: Path) -> None:
         "mdetr": refcoco.refcoco,
         "refer": refcoco.refcoco,
         "entities": flickr_entities.flickr30k_entities,
+        "panoptic": panoptic.coco_panoptic,
+        "open_images": open_images.open_images_recognition,
+        "sugarcrepe": statements.sugarcrepe,
+        "vsr": statements.vsr,
     }
     with refusing(location):
         data = readers[name](location)

@@ -60,6 +60,10 @@ class World:
         on_disk.write_refer(self.sets / "refer")
         on_disk.write_mdetr(self.sets / "mdetr")
         on_disk.write_entities(self.sets / "entities")
+        on_disk.write_panoptic(self.sets / "panoptic")
+        on_disk.write_open_images(self.sets / "open_images")
+        on_disk.write_sugarcrepe(self.sets / "sugarcrepe")
+        on_disk.write_vsr(self.sets / "vsr")
         on_disk.write_grit(self.sets / "grit", parquet=True)
 
     @contextlib.contextmanager

@@ -44,8 +44,10 @@ def speech_tokenizer(family: str | None) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def language(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Family -> folder of a small random language model with its tokenizer; `plain` is a llama without template, `numbers` one
-    that has the 64 numbers of boxes as tokens."""
+    """Family -> folder of a small random language model with its tokenizer.
+
+    `plain` is a llama without template, `numbers` one that has the 64 numbers of boxes as tokens.
+    """
     made: dict[str, Path] = {}
 
     def make(family: str) -> Path:

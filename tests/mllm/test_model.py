@@ -29,7 +29,7 @@ POINTED = Conversation(
 SAMPLERS = ["prompter", "roi", "points"]
 
 
-def load(folder: Path) -> tuple[RegionLlava, RegionLlavaProcessor]:
+def load(folder: Path) -> tuple[Any, RegionLlavaProcessor]:
     return RegionLlava.from_pretrained(folder).eval(), RegionLlavaProcessor.from_pretrained(folder)
 
 
@@ -204,8 +204,14 @@ def test_what_cannot_be_built_is_refused_by_name(
     foreign = tmp_path / "gpt2"
     GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=20)).save_pretrained(foreign)
     names = {"clip": str(encoder("clip")), "gpt2": str(foreign)}
-    values = {"encoder": str(encoder("cloc")), "llm": str(language("plain")), "out": str(tmp_path / "out")}
-    changes = {name: names.get(value, value) if isinstance(value, str) else value for name, value in fields.items()}
+    values: dict[str, Any] = {
+        "encoder": str(encoder("cloc")),
+        "llm": str(language("plain")),
+        "out": str(tmp_path / "out"),
+    }
+    changes: dict[str, Any] = {
+        name: names.get(value, value) if isinstance(value, str) else value for name, value in fields.items()
+    }
     with pytest.raises(ValueError, match=message):
         build(BuildConfig(**values | changes))
     assert not (tmp_path / "out").exists()

@@ -42,7 +42,7 @@ def load(folder: Path) -> RegionLlavaProcessor:
 
 @pytest.mark.parametrize("family", TEMPLATES)
 def test_format_is_what_the_chat_template_writes(family: str) -> None:
-    tokenizer = speech_tokenizer(family)
+    tokenizer: Any = speech_tokenizer(family)
     form = chat_format(tokenizer)
     asked = [{"role": "user", "content": "One?"}]
     said = [*asked, {"role": "assistant", "content": "Two."}]

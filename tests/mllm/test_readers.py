@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def asked_about_scenes(kinds: Any, count: int = 200) -> list[tuple[Sample, Conve
 
 def test_every_answer_is_true_and_no_object_is_asked_about_twice() -> None:
     for sample, conversation in asked_about_scenes(KINDS):
-        where = {text: box for text, box in zip(sample.texts, sample.boxes.tolist(), strict=True)}
+        where = dict(zip(sample.texts, sample.boxes.tolist(), strict=True))
         spoken: list[str] = []
         turns = conversation.turns
         for question, answer in zip(turns[::2], turns[1::2], strict=True):
@@ -194,7 +195,7 @@ def test_yes_and_no_come_equally_often_for_a_name_and_in_every_place(kind: Any) 
     for _, conversation in asked_about_scenes((kind,), 600):
         said = [turn.text.split(",")[0] for turn in conversation.turns[1::2]]
         answers.update(said)
-        after.update(zip(said, said[1:], strict=False))
+        after.update(pairwise(said))
     assert set(answers) == {"Yes", "No"}
     assert 0.46 < answers["Yes"] / answers.total() < 0.54
     for before in ("Yes", "No"):  # the answer before tells nothing
@@ -204,11 +205,12 @@ def test_yes_and_no_come_equally_often_for_a_name_and_in_every_place(kind: Any) 
 
 def test_kinds_that_cannot_be_asked_are_named() -> None:
     photo = Image.new("RGB", (8, 8))
-    for sample, kinds in (
+    cases: list[tuple[Sample, Any]] = [
         (Sample(key="bare", image=photo), KINDS),
         (Sample(key="bare", image=photo, captions=("a dog",)), ("refer",)),
         (Sample(key="bare", image=photo, boxes=np.array([[0, 0, 1, 1]]), texts=("dog",)), ("exists",)),
-    ):
+    ]
+    for sample, kinds in cases:
         with pytest.raises(BadSample, match="bare") as caught:
             Questions([], kinds)(sample, random.Random(0))
         assert caught.value.reason == "nothing to ask about"

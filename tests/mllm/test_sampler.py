@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +77,7 @@ def test_every_trained_part_gets_a_gradient(kind: str) -> None:
     assert without == set()
 
 
-def test_prompter_sampler_reads_what_the_cloc_model_says(tower_config) -> None:  # noqa: ANN001
+def test_prompter_sampler_reads_what_the_cloc_model_says(tower_config: Callable[[str], Any]) -> None:
     """The vector before the projection, normalised, is the CLOC model's region embedding, for every kind of prompt."""
     torch.manual_seed(0)
     model = ClocModel(ClocConfig(clip_config=tower_config("clip"))).eval()

@@ -150,10 +150,7 @@ class TrainingExamples(Dataset[Example]):
 
     def _example(self, sample: Sample, rng: random.Random, skipped: list[str]) -> Example:
         caption = choose_caption(sample, rng)
-        if len(sample.boxes) > self.num_regions:
-            chosen = sorted(rng.sample(range(len(sample.boxes)), self.num_regions))
-        else:
-            chosen = list(range(len(sample.boxes)))
+        chosen = choose_regions(sample, self.num_regions, rng)
         boxes = self._whole.copy()
         if chosen:
             letterbox = Letterbox(width_px=sample.image.width, height_px=sample.image.height)
@@ -180,6 +177,21 @@ def _stored(source: Source) -> Any:
 
 def _digest(parts: list[Any]) -> str:
     return hashlib.blake2b(repr(parts).encode(errors="surrogateescape"), digest_size=16).hexdigest()
+
+
+def choose_regions(sample: Sample, count: int, rng: random.Random) -> list[int]:
+    """Numbers of `count` regions at random, of all where there are no more, ascending.
+
+    Of regions with the same box, which are wordings of one thing, a random one: together they would be negatives of
+    each other.
+    """
+    numbers = list(range(len(sample.boxes)))
+    wordings: dict[bytes, list[int]] = {}
+    for number in numbers:
+        wordings.setdefault(sample.boxes[number].tobytes(), []).append(number)
+    if len(wordings) < len(numbers):
+        numbers = [rng.choice(same) for same in wordings.values()]
+    return sorted(rng.sample(numbers, count) if len(numbers) > count else numbers)
 
 
 def choose_caption(sample: Sample, rng: random.Random) -> str:

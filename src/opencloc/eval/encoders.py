@@ -27,7 +27,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -109,10 +109,9 @@ class _Towers:
     def ground(self, encoded: EncodedImages, texts: Sequence[Tensor]) -> list[Tensor] | None:
         return None
 
-    def _in_square(self, mask: np.ndarray) -> Float[Tensor, "H W"]:
-        """A mask of the image over the square that the model sees, as coverage."""
-        mask = mask if self._view == "squash" else mask_square(mask)
-        return torch.from_numpy(mask).to(self.device, torch.float32)
+    def _in_square(self, mask: np.ndarray) -> Bool[Tensor, "H W"]:
+        """A mask of the image over the square that the model sees."""
+        return torch.from_numpy(mask if self._view == "squash" else mask_square(mask)).to(self.device)
 
     def _encode_squares(self, images: Sequence[Image.Image]) -> tuple[ImageFeatures, list[Letterbox]]:
         pixels, letterboxes = _see(self._processor, images, self._view)
@@ -140,7 +139,7 @@ class ClocEncoder(_Towers):
         return self._model.encode_regions(encoded.state[0], prompts)
 
     def ground(self, encoded: EncodedImages, texts: Sequence[Tensor]) -> list[Tensor] | None:
-        if not self._model.has_text_prompts:
+        if not (self._model.has_text_prompts and self._model.config.grounding_trained):
             return None
         features, letterboxes = encoded.state
         width = encoded.embedding.shape[1]
@@ -217,7 +216,7 @@ class MaskClipEncoder(_Towers):
         patches, grid, _ = encoded.state
         regions = []
         for of_image, asked in zip(patches, masks, strict=True):
-            weights = [F.adaptive_avg_pool2d(self._in_square(mask)[None], grid).flatten() for mask in asked]
+            weights = [F.adaptive_avg_pool2d(self._in_square(mask)[None].float(), grid).flatten() for mask in asked]
             rows = torch.stack(weights) @ of_image if weights else of_image[:0]
             regions.append(F.normalize(rows, dim=-1))
         return regions

@@ -192,12 +192,20 @@ class Scorer:
         classes: int,
         parts: Sequence[str] = (),
     ) -> None:
-        """Adds top-1 over `what` and mAcc over the classes present; `parts` name the subset that the rows are."""
-        key = "".join(f"_{part.split(' ')[0]}" for part in parts)
-        suffix = "".join(f", {part}" for part in parts)
+        """Adds top-1 over `what` and mAcc over the classes present; `parts` name the subset, if it is one."""
+        key = "".join(f"_{part.split(' ')[0]}" for part in parts if part)
+        suffix = "".join(f", {part}" for part in parts if part)
         self.add(f"top1{key}", f"top-1{suffix}", hits, images, of=f"{len(hits):,} {what}")
         present = f"{len(np.unique(labels)):,} classes present of {classes:,}"
         self.add(f"macc{key}", f"mAcc{suffix}", hits, images, of=present, cells=labels)
+
+    def add_sizes(
+        self, key: str, label: str, hits: np.ndarray, images: np.ndarray, areas_px: np.ndarray, *, what: str
+    ) -> None:
+        """Adds the score of the rows of each size, from the areas of their boxes."""
+        for size, inside in by_size(areas_px).items():
+            name, of = f"{key}_{size.split(' ')[0]}", f"{inside.sum():,} {what}"
+            self.add(name, f"{label}, {size}", hits[inside], images[inside], of=of)
 
     def add_recall(
         self, ranks: np.ndarray, images: np.ndarray, *, key: str, label: str, what: str, gallery: int

@@ -26,8 +26,8 @@ from PIL import Image
 
 from opencloc import files
 from opencloc.eval.metrics import Score
+from opencloc.eval.pictures import Prediction
 from opencloc.eval.registry import SOURCE_TASKS
-from opencloc.eval.tasks import Prediction
 
 CURVES = {"image_text": "Image-text loss", "region_text": "Region-text loss", "grounding": "Grounding loss"}
 PICTURE_PX = 512  # longest side of a picture in the page

@@ -16,11 +16,12 @@ from opencloc.data.sources.spec import open_source
 from opencloc.devices import Precision, choose_device, computes_in_bf16
 from opencloc.errors import and_skipped
 from opencloc.eval.encoders import Encoder, RegionWay, View, check_regions, load_encoder, natural_way
+from opencloc.eval.pictures import Prediction, predict
 from opencloc.eval.registry import BENCHMARKS, SOURCE_TASKS, TASKS, read_set, task_name
-from opencloc.eval.report import Result, flat_metrics, to_json, to_markdown, write_html_report
+from opencloc.eval.report import SERIES, Result, flat_metrics, to_json, to_markdown, write_html_report
 from opencloc.eval.sets.item import IMAGES, EvalSet, Loaded, Skipped, Unread, by_unit, in_words, load
 from opencloc.eval.sets.source import source_set
-from opencloc.eval.tasks import Ask, Batch, Prediction, Scores, predict
+from opencloc.eval.tasks import Ask, Batch, Scores
 from opencloc.eval.text_bank import TextBank, check_finite
 from opencloc.progress import Meter
 
@@ -359,17 +360,20 @@ def _write_folder(
     files.write_text(out / "evaluation.json", to_json(results))
     files.write_text(out / "evaluation.md", table)
     runs = {Path(parse_model(spec)[1]).resolve().parent for spec in config.model}
+    logs = {run.name: run / "log.jsonl" for run in sorted(runs) if (run / "log.jsonl").is_file()}
+    left_out = {"loss curves": f"left out: {len(logs)} runs, of which {len(SERIES)} could be told apart"}
     encoders = list(dict.fromkeys(result.encoder for result in results))
     write_html_report(
         out / "report.html",
         title=config.title,
         lede=f"{len(encoders)} encoder{'s' * (len(encoders) > 1)} on the same images of {', '.join(config.data)}.",
         results=results,
-        logs={run.name: run / "log.jsonl" for run in sorted(runs) if (run / "log.jsonl").is_file()},
+        logs=logs if len(logs) <= len(SERIES) else {},
         pictures=pictures,
         facts={
             "data": ", ".join(config.data),
             "encoders": "; ".join(config.model),
             "precision": ", ".join(dict.fromkeys(result.precision for result in results)),
+            **(left_out if len(logs) > len(SERIES) else {}),
         },
     )

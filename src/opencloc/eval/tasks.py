@@ -71,6 +71,11 @@ class Batch:
         """The number of each image as often as `counts` says."""
         return np.repeat(np.array(self.numbers), counts)
 
+    def rows_of_boxes(self) -> dict[str, np.ndarray]:
+        """For each box the number of its image and its area in pixels."""
+        boxes = [item.boxes for item in self.items]
+        return {"images": self.repeat([len(of_image) for of_image in boxes]), "areas": self.areas_px(boxes)}
+
     def areas_px(self, boxes: Sequence[np.ndarray]) -> np.ndarray:
         """Areas of all images' boxes in pixels of the images as they were annotated."""
         return np.concatenate(
@@ -219,10 +224,9 @@ def recognise_regions(ask: Ask) -> Generator[None, Batch | None, Scores]:
         if not ask.with_regions(batch):
             continue
         names = [canonical(text) for item in batch.items for text in item.texts]
-        counts, boxes = [len(item.boxes) for item in batch.items], [item.boxes for item in batch.items]
-        regions, images, areas = torch.cat(batch.regions), batch.repeat(counts), batch.areas_px(boxes)
+        regions, places = torch.cat(batch.regions), batch.rows_of_boxes()
         if known:
-            inside = [row for row, name in enumerate(names) if name in label_of]
+            inside, images = [row for row, name in enumerate(names) if name in label_of], places["images"]
             ask.skipped[BOXES, UNKNOWN_CLASS] += len(names) - len(inside)
             ask.skipped[IMAGES, UNKNOWN_CLASS] += len(set(images.tolist())) - len(set(images[inside].tolist()))
             if not inside:
@@ -230,10 +234,10 @@ def recognise_regions(ask: Ask) -> Generator[None, Batch | None, Scores]:
             labels = torch.tensor([label_of[names[row]] for row in inside], device=regions.device)
             ways = {"boxes": batch.regions} | ({} if batch.segments is None else {"masks": batch.segments})
             ranks = {way: metrics.class_ranks(torch.cat(of)[inside], classes, labels) for way, of in ways.items()}
-            rows.add(images=images[inside], areas=areas[inside], labels=labels, **ranks)
+            rows.add(**{name: column[inside] for name, column in places.items()}, labels=labels, **ranks)
         else:  # the classes are known at the end only
             ask.bank.ids(names)
-            rows.add(images=images, areas=areas)
+            rows.add(**places)
             embeddings.append(regions)
             texts += names
     if not len(rows):
@@ -255,14 +259,8 @@ def recognise_regions(ask: Ask) -> Generator[None, Batch | None, Scores]:
     scorer = ask.scorer(images)
     for way, of_way in ranks.items():
         for part, inside in parts.items():
-            scorer.add_accuracy(
-                of_way[inside] == 1,
-                images[inside],
-                labels[inside],
-                what=way,
-                classes=len(ask.class_names),
-                parts=[*(["masks"] if way == "masks" else []), *([part] if part else [])],
-            )
+            among = {"what": way, "classes": len(ask.class_names), "parts": (way.removeprefix("boxes"), part)}
+            scorer.add_accuracy(of_way[inside] == 1, images[inside], labels[inside], **among)
     return scorer.scores
 
 
@@ -278,18 +276,15 @@ def retrieve_regions(ask: Ask) -> Generator[None, Batch | None, Scores]:
         if ask.with_regions(batch):
             embeddings += batch.regions
             texts += ask.bank.ids([text for item in batch.items for text in item.texts])
-            boxes = [item.boxes for item in batch.items]
-            rows.add(images=batch.repeat([len(of_image) for of_image in boxes]), areas=batch.areas_px(boxes))
+            rows.add(**batch.rows_of_boxes())
     if not len(rows):
         return {}
     both = _both_ways(torch.cat(embeddings), list(enumerate(texts)), ask.bank)
     scorer, images = ask.scorer(rows["images"]), rows["images"]
     for key, label, ranks in zip(("r2t", "t2r"), ("region to text", "text to region"), both, strict=True):
         scorer.add_recall(ranks, images, key=key, label=label, what="regions", gallery=len(texts))
-        for size, inside in by_size(rows["areas"]).items():
-            of = f"{inside.sum():,} regions among {len(texts):,}"
-            name = f"{key}_r10_{size.split(' ')[0]}"
-            scorer.add(name, f"{label} R@10, {size}", ranks[inside] <= 10, images[inside], of=of)
+        what = f"regions among {len(texts):,}"
+        scorer.add_sizes(f"{key}_r10", f"{label} R@10", ranks <= 10, images, rows["areas"], what=what)
     return scorer.scores
 
 
@@ -305,16 +300,13 @@ def choose_texts(ask: Ask) -> Generator[None, Batch | None, Scores]:
             (similarity,) = metrics.cosines(region[None], ask.bank.embeddings(choices))
             right.append(bool((similarity[1:] < similarity[0] - metrics.TIE).all()))
             rivals.add(len(choices) - 1)
-        boxes = [item.boxes for item in batch.items]
-        rows.add(images=batch.repeat([len(of_image) for of_image in boxes]), areas=batch.areas_px(boxes), right=right)
+        rows.add(**batch.rows_of_boxes(), right=right)
     if not len(rows):
         return {}
     scorer, images, right = ask.scorer(rows["images"]), rows["images"], rows["right"]
     among = f"{min(rivals)}" if len(rivals) == 1 else f"{min(rivals)} to {max(rivals)}"
     scorer.add("top1", "top-1", right, images, of=f"{len(right):,} boxes, each against {among} false texts")
-    for size, inside in by_size(rows["areas"]).items():
-        of = f"{inside.sum():,} boxes"
-        scorer.add(f"top1_{size.split(' ')[0]}", f"top-1, {size}", right[inside], images[inside], of=of)
+    scorer.add_sizes("top1", "top-1", right, images, rows["areas"], what="boxes")
     return scorer.scores
 
 
@@ -364,9 +356,7 @@ def ground_texts(ask: Ask) -> Generator[None, Batch | None, Scores]:
         hits, of = overlap >= threshold, f"{len(images):,} texts"
         scorer.add(f"acc50{key}", label, hits, images, of=of)
         scorer.add(f"miou{key}", label.replace("IoU ≥ 0.5", "mean IoU"), overlap, images, of=of)
-        for size, inside in by_size(rows["areas"]).items():
-            name = f"acc50{key}_{size.split(' ')[0]}"
-            scorer.add(name, f"{label}, {size}", hits[inside], images[inside], of=f"{inside.sum():,} texts")
+        scorer.add_sizes(f"acc50{key}", label, hits, images, rows["areas"], what="texts")
     return scorer.scores
 
 
@@ -383,59 +373,3 @@ def _both_ways(items: Tensor, pairs: Sequence[tuple[int, int]], bank: TextBank) 
     rows = torch.tensor([(item, place[text]) for item, text in pairs], device=items.device)
     to_text, from_text = metrics.retrieval_ranks(items, bank.embeddings(ids), rows)
     return to_text.cpu().numpy(), from_text.cpu().numpy()
-
-
-# -- a few images to look at -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grounded:
-    """One text of an image with the box found for it."""
-
-    text: str
-    box: np.ndarray  # (4,) normalised to the image
-    truth: np.ndarray  # (4,) the text's own box
-    iou: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """What an encoder says of one image: a class name for every box, a box for every query with one box."""
-
-    loaded: Loaded
-    names: tuple[str, ...]  # one per box
-    correct: tuple[bool, ...]
-    grounded: tuple[Grounded, ...]  # empty if the encoder cannot ground
-
-
-def predict(encoder: Encoder, loaded: Sequence[Loaded], class_names: Sequence[str]) -> list[Prediction]:
-    """The class name of every box and the box of every query, for a few images (to be shown).
-
-    Names that differ in case or spacing only are one class.  Raises ValueError if there is none.
-    """
-    names, _ = merge_names(class_names)
-    if not names:
-        raise ValueError("no class names to choose from")
-    if not loaded:
-        return []
-    bank = TextBank(encoder)
-    with torch.inference_mode():
-        classes = bank.of(names)
-        batch = Batch(encoder, loaded, encoder.encode_images([one.image for one in loaded]))
-        ids = bank.ids_per_image([item.queries for item in batch.items])
-        found = encoder.ground(batch.encoded, [bank.embeddings(of_image) for of_image in ids])
-        best_names = [metrics.cosines(rows, classes).argmax(1).tolist() for rows in batch.regions]
-    predictions = []
-    for i, one in enumerate(loaded):
-        said = [names[j] for j in best_names[i]]
-        grounded = []
-        for text, truth, box in zip(one.item.queries, one.item.truths, found[i] if found else (), strict=False):
-            overlap = metrics.overlaps(box.cpu(), truth)
-            best = int(overlap.argmax())
-            box = box.float().cpu().numpy()
-            grounded.append(Grounded(text=text, box=box, truth=truth[best], iou=float(overlap[best])))
-        correct = tuple(name == canonical(text) for name, text in zip(said, one.item.texts, strict=True))
-        predictions.append(
-            Prediction(loaded=one, names=tuple(said), correct=correct, grounded=tuple(grounded))
-        )  # fmt: skip
-    return predictions

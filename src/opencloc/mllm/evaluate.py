@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
+from transformers.utils.logging import disable_progress_bar
 
 from opencloc import files
 from opencloc.config import Count
@@ -98,8 +99,17 @@ def task_name(text: str) -> str:
     return name
 
 
+def list_tasks() -> str:
+    """The tasks, a line for each, as the command's help shows them."""
+    on_source = [f"  {name:<20} {(task.__doc__ or '').splitlines()[0]}" for name, task in SOURCE_TASKS.items()]
+    public = [f"  {name:<20} {(read.__doc__ or '').splitlines()[0]}" for name, (read, _) in BENCHMARKS.items()]
+    heads = "Tasks on any source (default: all five):", "Tasks on a public set, from its own files:"
+    return "\n".join([heads[0], *on_source, heads[1], *public])
+
+
 def run_mllm_eval(config: MllmEvalConfig) -> list[Result]:
     """The results of all models on all sets, after printing them and writing the files asked for."""
+    disable_progress_bar()  # transformers' own, one for every model
     device = str(choose_device(config.device))
     named = _named(config.model)
     sets = open_sets(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlavaConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.logging import disable_progress_bar
 
 from opencloc import files
+from opencloc.config import Strict
 from opencloc.mllm.chat_format import ChatFormat
+from opencloc.mllm.model import RegionLlava
 from opencloc.mllm.processor import IMAGE, RegionLlavaProcessor
-from opencloc.model.export import MARK, colour_factor, may_be_replaced
+from opencloc.model.export import MARK, check_apart, colour_factor, may_be_replaced
 from opencloc.model.processor import save_tokenizer
 
 _NAMES = (  # of this version of transformers -> as exported
@@ -33,6 +37,24 @@ _NAMES = (  # of this version of transformers -> as exported
     ("lm_head.", "language_model.lm_head."),
 )
 _REGION_PARTS = ("model.sampler.",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MllmExportConfig(Strict):
+    """The model without its region tokens, as a folder that LlavaForConditionalGeneration loads."""
+
+    model: str
+    """Folder of the multimodal model."""
+    out: str
+    """Folder to write.  An earlier export of that name is replaced, anything else refused."""
+
+
+def run_export(config: MllmExportConfig) -> Path:
+    """The folder written.  Raises ValueError as `export_llava`, and where one folder is or holds the other."""
+    disable_progress_bar()  # transformers' own
+    check_apart(config.model, config.out)
+    model = RegionLlava.from_pretrained(config.model)
+    return export_llava(model, RegionLlavaProcessor.from_pretrained(config.model), config.out)
 
 
 def export_llava(model: Any, processor: RegionLlavaProcessor, folder: str | Path) -> Path:
@@ -55,7 +77,7 @@ def export_llava(model: Any, processor: RegionLlavaProcessor, folder: str | Path
         files.write_json(partial / "config.json", _config(model))
         generation = model.generation_config.to_diff_dict() | {"eos_token_id": processor.end_ids[-1]}
         files.write_json(partial / "generation_config.json", generation)
-        _save_tokenizer(processor.tokenizer, partial)
+        _save_tokenizer(processor, partial)
         files.write_text(partial / "chat_template.jinja", chat_template(processor.format))
         for name, content in _processor(model.config, processor).items():
             files.write_json(partial / name, content)
@@ -138,9 +160,9 @@ def _config(model: Any) -> dict[str, Any]:
     }
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+def _save_tokenizer(processor: RegionLlavaProcessor, folder: Path) -> None:
     """The tokenizer, adding no token by itself: the chat template writes them, and some callers add them again."""
-    save_tokenizer(tokenizer, folder)
+    save_tokenizer(processor.tokenizer, folder, processor.max_length)
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     for name in ("chat_template", "add_bos_token", "add_eos_token"):

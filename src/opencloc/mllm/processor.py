@@ -117,7 +117,7 @@ class RegionLlavaProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> list[str]:
         """Writes processor and tokenizer: the same files however often they were saved and loaded."""
         written = super().save_pretrained(save_directory, **options)
-        save_tokenizer(self.tokenizer, save_directory)
+        save_tokenizer(self.tokenizer, save_directory, self.max_length)
         return written
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]

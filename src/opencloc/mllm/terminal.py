@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.logging import disable_progress_bar
+
 from opencloc.config import Count, Strict
 from opencloc.devices import choose_device
 from opencloc.mllm.chat import MAX_NEW_TOKENS, Answer, Chat
@@ -43,6 +45,7 @@ def run_chat(config: ChatConfig, lines: Any = None) -> None:
     `lines`: a text stream, by default the standard input.  Raises ValueError or OSError for a model or a first photo
     that cannot be opened; what is wrong with a later line is said, and the conversation goes on.
     """
+    disable_progress_bar()  # transformers' own
     chat = Chat.from_pretrained(config.model, str(choose_device(config.device)))
     lines = lines or sys.stdin
     talk = _Talk(chat, config)

@@ -37,6 +37,7 @@ from opencloc.model.prompter import (
     PROMPTERS,
     CrossPrompter,
     DenseBoxHead,
+    Memory,
     MlpBoxHead,
     PoolCrossPrompter,
     Prompter,
@@ -100,6 +101,10 @@ class ClocModel(PreTrainedModel):
         if self.has_text_prompts:
             self.box_head = DenseBoxHead(width, self.grid) if is_dense else MlpBoxHead(self.embed_dim, width)
         self.region_logit_scale: nn.Parameter | None = nn.Parameter(torch.zeros(())) if kind.is_trained else None
+        if config.basis_cycles is not None:
+            for module in self.modules():
+                if isinstance(module, PromptEncoder | Memory):
+                    module.max_cycles = config.basis_cycles
         self.post_init()
 
     @property

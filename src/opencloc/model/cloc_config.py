@@ -21,6 +21,8 @@ class ClocConfig(PreTrainedConfig):
     `prior_slope`: initial log slope of the spatial prior; at 0 `cross` starts near the area-weighted mean over the box.
     None: no prior.  `pool` keeps it fixed.
     `shared_positions`: patches carry the position basis of the prompts.
+    `basis_cycles`: highest frequency of the position basis, in cycles per image; None: half the patches of a side, the
+    finest that they tell apart.  A trained model keeps its own at another image size.
     `box_head`: `dense` (default): the text weights boxes that the patches give; `mlp`: the published head, which
     `encoder` always has.
     `roi_size`: bins per side of RoIAlign, for `roi`.
@@ -36,6 +38,7 @@ class ClocConfig(PreTrainedConfig):
     prompter_heads: int = 4
     prior_slope: float | None = 0.0
     shared_positions: bool = True
+    basis_cycles: float | None = None
     box_head: Literal["dense", "mlp"] = "dense"
     roi_size: int = 4
     regions_trained: bool = True

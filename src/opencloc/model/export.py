@@ -34,7 +34,7 @@ def export_clip(model: ClocModel, processor: ClocProcessor, folder: str | Path) 
     with files.new_folder(folder) as partial:
         model.clip.save_pretrained(partial)
         _complete_config(partial / "config.json")
-        _save_tokenizer(processor.tokenizer, partial)
+        _save_tokenizer(processor, partial)
         for name, content in _image_processor(model.config.clip_config, processor).items():
             files.write_json(partial / name, content)
         files.write_text(partial / "README.md", _readme(model.config.clip_config, processor))
@@ -66,9 +66,9 @@ def _complete_config(file: Path) -> None:
     files.write_json(file, config)
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+def _save_tokenizer(processor: ClocProcessor, folder: Path) -> None:
     """The tokenizer with the canonical form of texts built in, so that it makes of a text what training made of it."""
-    save_tokenizer(tokenizer, folder)
+    save_tokenizer(processor.tokenizer, folder, processor.max_text_length)
     file = str(folder / "tokenizer.json")
     backend = Tokenizer.from_file(file)
     spaces = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]

@@ -73,10 +73,7 @@ def load_config(path: str | Path) -> Any:
 def load_model(kind: Any, path: str | Path, **options: Any) -> Any:
     """The model of class `kind` (transformers' or ours).  Raises as `load_weights` does."""
     if kind is AutoModel and open_clip.is_open_clip(path):
-        with naming(path):
-            model = open_clip.load(path)
-        _check_finite(model, path)
-        return model
+        return load_weights(open_clip.load, path, **options)[0]
     return load_weights(kind.from_pretrained, path, **options)[0]
 
 
@@ -98,14 +95,10 @@ def load_weights(load: Callable[..., Any], path: str | Path, *args: Any, **optio
         names = sorted(n if isinstance(n, str) else n[0] for n in info.get(key) or ())
         if names := [name for name in names if not _COMPUTED.search(name)]:
             raise ValueError(f"{path}: {len(names)} {what} weights: {_some(names)}")
-    _check_finite(model, path)
-    return model, info
-
-
-def _check_finite(model: Any, path: str | Path) -> None:
     bad = [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
     if bad:
         raise ValueError(f"{path}: weights that are not finite: {_some(bad)}")
+    return model, info
 
 
 def load_tokenizer(path: str | Path) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel  # no CLIP classes: they may be on their way in just now
+from transformers import PreTrainedConfig  # no CLIP classes: they may be on their way in just now
 
 from opencloc.images import MEAN_RGB, STD_RGB
 
@@ -92,14 +92,14 @@ def read_config(path: str | Path) -> PreTrainedConfig:
     )
 
 
-def load(path: str | Path) -> PreTrainedModel:
-    """The model of an OpenCLIP folder, in float32.
+def load(path: str | Path, **options: Any) -> Any:
+    """What `CLIPModel.from_pretrained` returns for these options, with the weights of an OpenCLIP folder.
 
-    Raises ValueError naming tensors that have no place in transformers' CLIP, or another shape there, or are missing.
+    Raises ValueError naming tensors that have no place in transformers' CLIP.
     """
     config: Any = read_config(path)
     if not (file := Path(path) / WEIGHTS).is_file():
-        raise ValueError(f"{path}: there is no {WEIGHTS}; weights in pickles (.bin, .pt) are not opened")
+        raise ValueError(f"{path}: there is no {WEIGHTS}")
     state: dict[str, Tensor] = {}
     unknown: list[str] = []
     for name, value in load_file(file).items():
@@ -107,20 +107,11 @@ def load(path: str | Path) -> PreTrainedModel:
         unknown += [] if found else [name]
         state |= found
     if unknown:
-        raise ValueError(f"{path}: {WEIGHTS} has {len(unknown)} tensors with no place in CLIP: {_some(unknown)}")
+        names = ", ".join(unknown[:5]) + ", ..." * (len(unknown) > 5)
+        raise ValueError(f"{path}: {WEIGHTS} has {len(unknown)} tensors with no place in CLIP: {names}")
     from transformers import CLIPModel
 
-    model: Any = CLIPModel(config)
-    wanted = {name: value.shape for name, value in model.state_dict().items()}
-    for what, names in (
-        ("missing", [name for name in wanted if name not in state]),
-        ("unexpected", [name for name in state if name not in wanted]),
-        ("misshapen", [name for name in state if name in wanted and state[name].shape != wanted[name]]),
-    ):
-        if names:
-            raise ValueError(f"{path}: {len(names)} {what} weights: {_some(names)}")
-    model.load_state_dict(state)
-    return model.eval()
+    return CLIPModel.from_pretrained(None, config=config, state_dict=state, **options)
 
 
 def image_settings(path: str | Path) -> dict[str, Any]:
@@ -172,7 +163,3 @@ def _placed(name: str, value: Tensor) -> dict[str, Tensor]:
         thirds = zip("qkv", value.chunk(3), strict=True)
         return {f"{layer}.self_attn.{one}_proj.{kind}": third.contiguous() for one, third in thirds}
     return {f"{layer}.{_BLOCK[part]}.{kind}": value} if part in _BLOCK else {}
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

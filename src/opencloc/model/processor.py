@@ -158,7 +158,7 @@ class ClocProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> list[str]:
         """Writes processor and tokenizer: the same files however often they were saved and loaded."""
         written = super().save_pretrained(save_directory, **options)
-        save_tokenizer(self.tokenizer, save_directory)
+        save_tokenizer(self.tokenizer, save_directory, self.max_text_length)
         return written
 
     def letterbox(self, images: Sequence[Image.Image]) -> tuple[Float[Tensor, "B 3 S S"], list[Letterbox]]:
@@ -225,14 +225,18 @@ def normalize(
     return pixels.sub_(offset[:, None, None]).mul_(scale[:, None, None])
 
 
-def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
-    """Writes a tokenizer's files: the same ones however often it was saved and loaded, for transformers 4 and 5."""
+def save_tokenizer(tokenizer: Any, folder: str | Path, max_length: int) -> None:
+    """Writes a tokenizer's files: the same ones however often it was saved and loaded, for transformers 4 and 5.
+
+    `max_length`: most tokens of a text, which the tokenizers of lengthened text towers say wrongly.
+    """
     tokenizer.save_pretrained(folder)
     file = Path(folder) / "tokenizer_config.json"
     settings = json.loads(file.read_text())
     for name in _SETTINGS_OF_CALLS:
         settings.pop(name, None)
     settings.pop("processor_class", None)
+    settings["model_max_length"] = max_length
     if settings.get("tokenizer_class") == "TokenizersBackend":  # its name in version 5
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")

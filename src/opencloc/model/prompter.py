@@ -59,6 +59,7 @@ class Memory(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.width, self.grid, self.shared_positions = width, grid, shared_positions
+        self.max_cycles = max(grid) / 2
 
     def forward(
         self, tokens: Float[Tensor, "B N D"], kept: Int[Tensor, "B N"] | None = None
@@ -66,7 +67,7 @@ class Memory(nn.Module):
         content = self.norm(tokens)
         if not self.shared_positions:
             return content, content
-        basis = sinusoidal(patch_centres(self.grid, tokens.device), self.width, max(self.grid) / 2).to(content.dtype)
+        basis = sinusoidal(patch_centres(self.grid, tokens.device), self.width, self.max_cycles).to(content.dtype)
         return content, content + (basis if kept is None else basis[kept])
 
 

@@ -145,7 +145,7 @@ def box_penalty(boxes: Float[Tensor, "*S 4"], grid: tuple[int, int]) -> Float[Te
     return coverage_penalty(coverage.flatten(-2), distance.flatten(-2))
 
 
-def mask_penalty(mask: Float[Tensor, "H W"], grid: tuple[int, int]) -> Float[Tensor, " N"]:
+def mask_penalty(mask: Float[Tensor, "H W"] | Bool[Tensor, "H W"], grid: tuple[int, int]) -> Float[Tensor, " N"]:
     """`coverage_penalty` of a mask."""
     coverage = nn.functional.adaptive_avg_pool2d(mask.float()[None, None], grid).flatten()
     centres = _in_patches(patch_centres(grid, mask.device), grid)
@@ -224,7 +224,7 @@ class PromptEncoder(nn.Module):
 
     def __init__(self, width: int, embed_dim: int, grid: tuple[int, int], *, text_tokens: bool = True) -> None:
         super().__init__()
-        self.width, self.grid = width, grid
+        self.width, self.grid, self.max_cycles = width, grid, max(grid) / 2
         self.corner_kind = nn.Parameter(torch.zeros(2, width))  # top left, bottom right
         self.point_kind = nn.Parameter(torch.zeros(width))
         if text_tokens:
@@ -233,7 +233,7 @@ class PromptEncoder(nn.Module):
 
     def basis(self, xy: Float[Tensor, "*S 2"]) -> Float[Tensor, "*S D"]:
         """Position basis shared by prompts and patches."""
-        return sinusoidal(xy, self.width, max(self.grid) / 2).to(self.corner_kind.dtype)
+        return sinusoidal(xy, self.width, self.max_cycles).to(self.corner_kind.dtype)
 
     def boxes(self, boxes: Float[Tensor, "B P 4"]) -> PromptBatch:
         """Box prompts.  Values are not checked: the training loop must not wait for the device.

@@ -46,6 +46,15 @@ def image_size(config: Any) -> int:
     return patch_grid(config)[0] * config.vision_config.patch_size
 
 
+def set_image_size(config: Any, image_size: int) -> None:
+    """Writes the side of the square image in pixels, a multiple of the patch, into a configuration."""
+    vision = config.vision_config
+    if config.model_type == "siglip2":
+        vision.num_patches = (image_size // vision.patch_size) ** 2
+    else:
+        vision.image_size = image_size
+
+
 def max_text_length(config: Any) -> int:
     """Most tokens a text may have, special tokens included."""
     return config.text_config.max_position_embeddings

@@ -16,8 +16,9 @@ from opencloc.data.sources.spec import open_source
 from opencloc.errors import BadSample
 from opencloc.model import towers
 from opencloc.model.cloc import ClocConfig, ClocModel
-from opencloc.model.loading import load_config, load_tokenizer
+from opencloc.model.loading import load_config, load_tokenizer, naming
 from opencloc.model.processor import ClocProcessor, train_tokenizer
+from opencloc.model.resize import at_image_size
 
 TOKENIZER_SAMPLES = 2000  # samples per source whose texts train a tokenizer
 
@@ -31,8 +32,9 @@ def build_model(
     takes its processor and architecture from its checkpoint; weights are loaded by the caller.
     """
     model, processor = _build(config, sources, resume_from)
-    model.config.regions_trained |= config.loss.region_weight > 0
-    model.config.grounding_trained |= config.loss.region_weight * config.loss.grounding_weight > 0
+    factors = config.optim.lr_factors
+    model.config.regions_trained |= config.loss.region_weight * factors.prompter > 0
+    model.config.grounding_trained |= config.loss.region_weight * config.loss.grounding_weight * factors.heads > 0
     model.float()  # weights are fp32 whatever the checkpoint was saved in; `precision` says what is computed in
     model.set_attn_implementation(config.model.attention)
     apply_options(model, config)
@@ -57,8 +59,9 @@ def apply_options(model: ClocModel, config: TrainConfig) -> None:
 
 def image_size(config: TrainConfig, resume_from: Path | None) -> int:
     """Side in pixels of the images that the model of a run takes, known before there is a model."""
-    if (path := resume_from or config.model.init_from) is None:
-        return config.model.image_size
+    if resume_from is None and (config.model.init_from is None or config.model.image_size is not None):
+        return config.model.side_px
+    path = str(resume_from or config.model.init_from)
     found = load_config(path)
     return towers.image_size(getattr(found, "clip_config", found))
 
@@ -81,8 +84,14 @@ def _build(
         if kind == "cloc":
             _check_region_parts(model_config, region)
             processor = ClocProcessor.from_pretrained(model_config.init_from)
-            return ClocModel.from_pretrained(model_config.init_from), processor
-        return ClocModel.from_clip(model_config.init_from, **region), ClocProcessor.from_clip(model_config.init_from)
+            model = ClocModel.from_pretrained(model_config.init_from)
+        else:
+            processor = ClocProcessor.from_clip(model_config.init_from)
+            model = ClocModel.from_clip(model_config.init_from, **region)
+        if model_config.image_size is None:
+            return model, processor
+        with naming(model_config.init_from):
+            return at_image_size(model, processor, model_config.image_size)
     tokenizer: Any
     if model_config.tokenizer is not None:
         tokenizer = load_tokenizer(model_config.tokenizer)
@@ -124,14 +133,14 @@ def tower_config(config: ModelConfig, tokenizer: Any) -> Any:
     }
     if config.family == "clip":
         return CLIPConfig(
-            vision_config=vision | {"image_size": config.image_size, "hidden_act": "gelu"},
+            vision_config=vision | {"image_size": config.side_px, "hidden_act": "gelu"},
             text_config=text | {"hidden_act": "gelu"},
             projection_dim=config.embed_dim,
         )
     text["projection_size"] = config.vision_width
     if config.family == "siglip":
-        return SiglipConfig(vision_config=vision | {"image_size": config.image_size}, text_config=text)
-    num_patches = (config.image_size // config.patch_size) ** 2
+        return SiglipConfig(vision_config=vision | {"image_size": config.side_px}, text_config=text)
+    num_patches = (config.side_px // config.patch_size) ** 2
     return Siglip2Config(vision_config=vision | {"num_patches": num_patches}, text_config=text)
 
 

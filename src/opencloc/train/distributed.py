@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from opencloc.collectives import gather_rows
+from opencloc.collectives import gather_rows, sum_ranks
 
 T = TypeVar("T")
 
@@ -115,8 +115,8 @@ def spread(model: nn.Module, ranks: Ranks, sharding: Literal["ddp", "fsdp"]) -> 
     """The model as the ranks compute it together: call this one, and go on reading parameters off `model`.
 
     Both ways average gradients over ranks.  FSDP2 shards the layers that the model names in `_no_split_modules` one by
-    one and the rest together; scalars (the logit scales) cannot be sharded and stay whole on every rank, outside its
-    reach: their gradients are alike on all ranks as they come from the loss.
+    one and the rest together; scalars (the scales of logits) cannot be sharded and stay whole on every rank, outside
+    its reach: `average_scalars` does it.
     """
     if ranks.group is None:
         return model
@@ -139,6 +139,16 @@ def gradient_sync(model: nn.Module, *, wanted: bool) -> AbstractContextManager[N
     FSDP2 always does: to let them add up, every rank would need room for all of them.
     """
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not wanted else nullcontext()
+
+
+def average_scalars(model: nn.Module, ranks: Ranks) -> None:
+    """Averages over ranks the gradients of the scalars that FSDP2 leaves alone; after the backward pass."""
+    if isinstance(model, FSDPModule):
+        parameters = [p for p in model.parameters() if p.grad is not None and not isinstance(p, DTensor)]
+        if gradients := [p.grad for p in parameters]:
+            mean = sum_ranks(torch.stack(gradients), ranks.group) / ranks.size  # pyright: ignore[reportArgumentType]
+            for parameter, gradient in zip(parameters, mean, strict=True):
+                parameter.grad = gradient
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:

@@ -35,7 +35,16 @@ from opencloc.loss import ClocLoss, cloc_loss
 from opencloc.model.cloc import ClocOutput
 from opencloc.train.build import build_model, image_size
 from opencloc.train.checkpoint import load_checkpoint, save_checkpoint, save_model, step_of
-from opencloc.train.distributed import ALONE, Agreement, Ranks, clip_gradients, gradient_sync, process_ranks, spread
+from opencloc.train.distributed import (
+    ALONE,
+    Agreement,
+    Ranks,
+    average_scalars,
+    clip_gradients,
+    gradient_sync,
+    process_ranks,
+    spread,
+)
 from opencloc.train.folder import run_folder
 from opencloc.train.log import RunLog
 from opencloc.train.optim import learning_rate, make_optimizer, set_learning_rate, set_trained_parts
@@ -139,6 +148,7 @@ def run(config: TrainConfig, ranks: Ranks, device: torch.device, resume_from: Pa
             loss, output = backward(
                 parallel, batch, config.loss, config.micro_batch_size, bf16=bf16, ranks=ranks, captions=learns_captions
             )
+            average_scalars(parallel, ranks)
             grad_norm = clip_gradients(model, config.optim.grad_clip)
             optimizer.step()
             model.bound_scales()

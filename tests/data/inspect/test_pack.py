@@ -156,7 +156,7 @@ def test_old_tars_are_never_mixed_with_new_ones(labelled: Path, tmp_path: Path) 
 
 
 def test_generated_data_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="scenes:easy: only tars, image folders and COCO folders"):
+    with pytest.raises(ValueError, match="scenes:easy: only tars, folders and other image files"):
         pack(PackConfig(data="scenes:easy", out=str(tmp_path / "out")))
 
 

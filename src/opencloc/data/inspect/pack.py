@@ -10,10 +10,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 
 from opencloc.data.sample import Sample
-from opencloc.data.sources.coco import Coco
-from opencloc.data.sources.folder import ImageFolder
-from opencloc.data.sources.labelled import labels_of, left_out, open_labelled
-from opencloc.data.tars.shards import Shards, ShardWriter
+from opencloc.data.sources.labelled import StoredPhotos, labels_of, left_out, open_labelled
+from opencloc.data.tars.shards import ShardWriter
 from opencloc.errors import BadSample, and_skipped
 from opencloc.progress import track
 
@@ -60,8 +58,8 @@ def pack(config: PackConfig) -> PackReport:
     if the folder holds tars.
     """
     source = open_labelled(config.data, config.sidecar)
-    if not isinstance(source, Shards | Coco | ImageFolder):
-        raise ValueError(f"{config.data}: only tars, image folders and COCO folders can be packed")
+    if not isinstance(source, StoredPhotos):
+        raise ValueError(f"{config.data}: only tars, folders and other image files can be packed")
     opened, reasons = left_out(source), Counter[str]()
     samples = renamed = start = 0
     job = asdict(config) | {"labels": labels_of(source), "size": source.size}

@@ -25,7 +25,7 @@ from opencloc.data.sample import Source
 from opencloc.data.sidecar import SidecarRow, read_labels, read_sidecar, sidecar_path
 from opencloc.data.sources.coco import Coco
 from opencloc.data.sources.folder import ImageFolder
-from opencloc.data.sources.labelled import labels_of, left_out, open_labelled
+from opencloc.data.sources.labelled import StoredPhotos, labels_of, left_out, open_labelled
 from opencloc.data.tars.shards import Shards
 from opencloc.errors import BadSample
 from opencloc.images import is_oriented
@@ -67,7 +67,7 @@ def write_stats(config: StatsConfig) -> Stats:
     ):
         stats = _compute(source, config)
         png.write_bytes(plot(stats))
-        json_file.write_bytes(_json(stats))
+        json_file.write_bytes(as_json(stats))
         md.write_text(markdown(stats), encoding="utf-8", errors="backslashreplace")  # paths may be any bytes
     return stats
 
@@ -78,9 +78,9 @@ def compute_stats(config: StatsConfig) -> Stats:
 
 
 def _compute(source: Source, config: StatsConfig) -> Stats:
-    count_tokens, tokens = _token_counter(config.tokenizer)
+    count_tokens, tokens = token_counter(config.tokenizer)
     labels = labels_of(source)
-    tally = _Tally(count_tokens)
+    tally = Tally(count_tokens)
     total = min((n for n in (source.size, config.num_images) if n is not None), default=None)
     rows = _rows(source, total) if labels is None else itertools.islice(_label_rows(source, labels), config.num_images)
     for row in track(rows, "reading images" if labels is None else "reading labels", total=total):
@@ -97,7 +97,9 @@ def _compute(source: Source, config: StatsConfig) -> Stats:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Row:
+class Row:
+    """What is counted of one image."""
+
     captions: tuple[str, ...] = ()
     boxes: np.ndarray  # (R, 4)
     texts: tuple[str, ...] = ()
@@ -106,19 +108,19 @@ class _Row:
     problem: str | None = None  # why it cannot be used
 
 
-def _rows(source: Source, total: int | None) -> Iterator[_Row]:
+def _rows(source: Source, total: int | None) -> Iterator[Row]:
     """A row for each image, which is read."""
     if total is None:
         raise ValueError(f"{source!r} has no end: set num_images")
     return (_read(source, index) for index in range(total))
 
 
-def _label_rows(source: Source, name: str) -> Iterator[_Row]:
+def _label_rows(source: Source, name: str) -> Iterator[Row]:
     """A row for each row of the labels: no image is read, which is hundreds of times faster."""
     for row in _sidecar_rows(source, name):
         captions = (row.caption,) if row.caption is not None else ()
         problem = row.error and reason_of(row.error)
-        yield _Row(captions=captions, boxes=row.boxes, texts=row.texts, scores=row.scores, problem=problem)
+        yield Row(captions=captions, boxes=row.boxes, texts=row.texts, scores=row.scores, problem=problem)
 
 
 def _sidecar_rows(source: Source, name: str) -> Iterator[SidecarRow]:
@@ -131,13 +133,13 @@ def _sidecar_rows(source: Source, name: str) -> Iterator[SidecarRow]:
         yield from read_labels(source.location, name).values()
 
 
-def _read(source: Source, index: int) -> _Row:
+def _read(source: Source, index: int) -> Row:
     try:
         sample = source[index]
     except BadSample as bad:
-        return _Row(boxes=np.zeros((0, 4), dtype=np.float32), problem=bad.reason)
-    oriented = isinstance(source, Shards | Coco | ImageFolder) and is_oriented(source.image_bytes(index))
-    return _Row(
+        return Row(boxes=np.zeros((0, 4), dtype=np.float32), problem=bad.reason)
+    oriented = isinstance(source, StoredPhotos) and is_oriented(source.image_bytes(index))
+    return Row(
         captions=sample.captions, boxes=sample.boxes, texts=sample.texts, scores=sample.scores, oriented=oriented
     )
 
@@ -147,7 +149,7 @@ def reason_of(error: str) -> str:
     return error.partition(": ")[0]
 
 
-def _token_counter(tokenizer: str | None) -> tuple[Callable[[str], int], str]:
+def token_counter(tokenizer: str | None) -> tuple[Callable[[str], int], str]:
     """(tokens in a text, what they are called)."""
     if tokenizer is None:
         return lambda text: len(text.split()), "words between white space"
@@ -160,7 +162,7 @@ def _token_counter(tokenizer: str | None) -> tuple[Callable[[str], int], str]:
     )
 
 
-class _Tally:
+class Tally:
     """Running counts over the rows of a data set."""
 
     def __init__(self, count_tokens: Callable[[str], int]) -> None:
@@ -177,7 +179,7 @@ class _Tally:
         self._text_lengths = np.zeros(_LENGTHS_SHOWN + 1, dtype=np.int64)
         self._regions = self._text_tokens = 0
 
-    def add(self, row: _Row) -> None:
+    def add(self, row: Row) -> None:
         self.images += 1
         if row.problem is not None:
             self.skipped[row.problem] += 1
@@ -236,7 +238,7 @@ def _mean(total: int, count: int) -> float:
     return total / count if count else float("nan")
 
 
-def _json(stats: Stats) -> bytes:
+def as_json(stats: Stats) -> bytes:
     """The figures as JSON; means of nothing are null."""
     values = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(stats).items()}
     values = {name: None if value != value else value for name, value in values.items()}

@@ -1,7 +1,8 @@
 """Photos with COCO-format JSON: images with boxes of named classes and human captions.
 
-Boxes refer to the pixels as stored, whatever EXIF orientation says.  The files lie as COCO lays them out, or as
-Roboflow does, with `_annotations.coco.json` among the images of `train`, `valid` and `test`.
+Boxes refer to the pixels as stored, whatever EXIF orientation says.  The files lie as COCO lays them out; as Roboflow
+does, with `_annotations.coco.json` among the images of `train`, `valid` and `test`; or as LVIS and Objects365 name
+theirs, `lvis_v1_SPLIT.json` and `zhiyuan_objv2_SPLIT.json`, whose images have their folder in their name.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ from opencloc import files
 from opencloc.data.sample import Sample
 from opencloc.data.sidecar import SidecarRow, label_sizes, read_labels, with_labels
 from opencloc.data.sources.coco_json import STRAY_CAPTION, read_captions, read_coco
-from opencloc.errors import BadSample
+from opencloc.data.sources.table import folder_with, image_file
 from opencloc.images import decode_image
 
 _ROBOFLOW = "_annotations.coco.json"
 _ROBOFLOW_SPLITS = ("train", "valid", "test")
+_LARGE_SETS = ("lvis_v1_", "zhiyuan_objv2_")  # LVIS, Objects365: SPLIT.json follows, in annotations/ or beside it
 
 
 @dataclass(frozen=True, kw_only=True)
 class CocoConfig:
     """Which files of a COCO folder are read, and how."""
 
-    split: str | None = None  # annotations/instances_SPLIT.json or SPLIT/_annotations.coco.json; None: the only one
+    split: str | None = None  # of annotations/instances_SPLIT.json and so on; None: the only one
     images: str | None = None  # folder of the images; None: images/ or SPLIT/ in the location
     instances: str | None = None  # file; None: the split's
     captions: str | None = None  # file; None: the split's, if it exists
@@ -50,8 +52,10 @@ class Coco:
     def __init__(self, location: str, config: CocoConfig | None = None) -> None:
         self.location = location
         self.config = config or CocoConfig()
-        self.instances_path, captions_path, self.images_path = _find_files(location.rstrip("/"), self.config)
+        place = location.rstrip("/")
+        self.instances_path, captions_path, images_path = _find_files(place, self.config)
         self._file = read_coco(self.instances_path)
+        self.images_path = images_path or folder_with([place, f"{place}/images", f"{place}/coco"], self._file.names)
         self._captions, not_read = ({}, Counter()) if captions_path is None else read_captions(captions_path)
         skipped = self._file.skipped + not_read
         if elsewhere := self._captions.keys() - set(self._file.ids):
@@ -67,6 +71,11 @@ class Coco:
     @property
     def size(self) -> int:
         return len(self._file.names)
+
+    @property
+    def num_regions(self) -> int:
+        """How many regions all images have by the JSON."""
+        return len(self._file.labels)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -88,13 +97,7 @@ class Coco:
 
     def image_bytes(self, index: int) -> bytes:
         """The image of a sample as it is stored."""
-        path = f"{self.images_path}/{self._file.names[index]}"
-        try:
-            return files.read_bytes(path)
-        except FileNotFoundError as error:
-            raise BadSample("missing image file", path) from error
-        except OSError as error:
-            raise BadSample("unreadable image file", path, str(error)) from error
+        return image_file(f"{self.images_path}/{self._file.names[index]}")
 
     def label_sizes(self) -> dict[str, int | None]:
         """Sizes of the files that regions come from."""
@@ -129,14 +132,25 @@ def _roboflow_splits(folder: str) -> list[str]:
 
 def _splits(location: str) -> list[str]:
     """The splits in a location (the figures of sidecars, `instances_SPLIT.NAME_stats.json`, are none)."""
-    folder = f"{location}/annotations"
-    names = [os.path.basename(path) for path in files.children(folder)] if files.is_folder(folder) else []
-    coco = [match[1] for name in names if (match := re.fullmatch(r"instances_([^.]+)\.json", name))]
-    return coco or _roboflow_splits(location)
+    found: list[str] = []
+    for folder, beginnings in ((f"{location}/annotations", ("instances_", *_LARGE_SETS)), (location, _LARGE_SETS)):
+        pattern = re.compile(rf"(?:{'|'.join(beginnings)})([^.]+)\.json")
+        names = [os.path.basename(path) for path in files.children(folder)] if files.is_folder(folder) else []
+        found += [match[1] for name in names if (match := pattern.fullmatch(name))]
+    return found or _roboflow_splits(location)
 
 
-def _find_files(location: str, config: CocoConfig) -> tuple[str, str | None, str]:
-    """(instances file, captions file or None, image folder); raises `FileNotFoundError` naming what is missing."""
+def _large_set(location: str, split: str) -> str | None:
+    """The file of LVIS or Objects365 for a split."""
+    places = [f"{location}/{part}{name}{split}.json" for part in ("annotations/", "") for name in _LARGE_SETS]
+    return next(filter(files.exists, places), None)
+
+
+def _find_files(location: str, config: CocoConfig) -> tuple[str, str | None, str | None]:
+    """(instances file, captions file or None, image folder); raises `FileNotFoundError` naming what is missing.
+
+    The folder is None where image names tell it: those of LVIS and Objects365 begin with `train2017/` or `images/`.
+    """
     split, instances, captions, images = config.split, config.instances, config.captions, config.images
     if instances is None:
         if split is None:
@@ -152,6 +166,8 @@ def _find_files(location: str, config: CocoConfig) -> tuple[str, str | None, str
         roboflow = f"{location}/{split}".rstrip("/")
         if not files.exists(instances) and files.exists(f"{roboflow}/{_ROBOFLOW}"):
             instances, images = f"{roboflow}/{_ROBOFLOW}", images or roboflow
+        elif not files.exists(instances) and (large := _large_set(location, split)) is not None:
+            return large, captions, images
         elif captions is None and files.exists(conventional := f"{location}/annotations/captions_{split}.json"):
             captions = conventional
     if images is None:

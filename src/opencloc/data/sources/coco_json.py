@@ -10,13 +10,12 @@ LVIS has the same format but names its images by `coco_url` only: there an image
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import gc
 import itertools
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -25,6 +24,7 @@ from jaxtyping import Float32, Float64, Int64
 
 from opencloc import files
 from opencloc.boxes import xywh_px_to_xyxy
+from opencloc.data.sources.kept import kept
 from opencloc.errors import BadSample, and_skipped
 from opencloc.texts import class_name, is_text
 
@@ -57,27 +57,6 @@ class CocoFile:
     noticed: Counter[str]  # what was kept and is worth a look
 
 
-def _once(read: Callable[[str], T]) -> Callable[[str], T]:
-    """`read`, which takes a local file at most once per process as long as the file stays the same.
-
-    Every rank of a run is a process and reads for itself, all at the same time; loader workers get a copy.
-    """
-
-    @functools.lru_cache(maxsize=4)
-    def kept(path: str, mtime_ns: int, size: int) -> T:
-        return read(path)
-
-    @functools.wraps(read)
-    def reader(path: str) -> T:
-        if (local := files.local_path(path)) is None:
-            return read(path)
-        status = os.stat(local)
-        return kept(path, status.st_mtime_ns, status.st_size)
-
-    return reader
-
-
-@_once
 def read_coco(path: str) -> CocoFile:
     """The content of an annotation file; not to be changed, since others share it.
 
@@ -89,7 +68,11 @@ def read_coco(path: str) -> CocoFile:
     Raises `FileNotFoundError`, and `ValueError` naming file and reason for malformed JSON, missing fields, unknown
     image or category ids, and where no image or no box at all can be used.
     """
-    content = read_json(path, ("images", "annotations", "categories"))
+    return kept(CocoFile, [path], lambda: _read_coco(path))
+
+
+def _read_coco(path: str) -> CocoFile:
+    content = read_json(path, ("images", "annotations", "categories"), polygons=False)
     skipped, noticed = Counter[str](), Counter[str]()
     images = read_images(content["images"], path, skipped)
     if content["images"] and not images:
@@ -105,7 +88,7 @@ def read_coco(path: str) -> CocoFile:
         category_of(path, annotations[number], label_by_id)
     sizes_px = np.asarray([one[2:] for one in images], dtype=np.int64).reshape(-1, 2)
     of_px = np.concatenate([sizes_px, [[1, 1]]])[rows]  # (A, 2); a row of -1 is that of an image left out
-    boxes_px = _boxes_px(annotations)
+    boxes_px = boxes_of([entry.get("bbox") for entry in annotations])
     with np.errstate(over="ignore", invalid="ignore"):  # of numbers that make a bad box
         boxes = xywh_px_to_xyxy(boxes_px, of_px[:, 0], of_px[:, 1])
         beyond = np.maximum(-boxes_px[:, :2], boxes_px[:, :2] + boxes_px[:, 2:] - of_px)
@@ -139,9 +122,20 @@ def read_coco(path: str) -> CocoFile:
     )
 
 
-@_once
+@dataclass(frozen=True, kw_only=True)
+class _Captions:
+    ids: tuple[int, ...]
+    texts: tuple[tuple[str, ...], ...]
+    skipped: Counter[str]
+
+
 def read_captions(path: str) -> tuple[dict[int, tuple[str, ...]], Counter[str]]:
     """(captions by image id, what was left out) of a captions file; raises `ValueError` naming file and entry."""
+    found = kept(_Captions, [path], lambda: _read_captions(path))
+    return dict(zip(found.ids, found.texts, strict=True)), Counter(found.skipped)
+
+
+def _read_captions(path: str) -> _Captions:
     annotations = read_json(path, ("annotations",))["annotations"]
     found: dict[int, tuple[str, ...]] = {}
     skipped = Counter[str]()
@@ -151,21 +145,15 @@ def read_captions(path: str) -> tuple[dict[int, tuple[str, ...]], Counter[str]]:
             skipped[BAD_CAPTION if text else EMPTY_CAPTION] += 1
         else:
             found[image_id] = (*found.get(image_id, ()), text)
-    return found, skipped
+    return _Captions(ids=tuple(found), texts=tuple(found.values()), skipped=skipped)
 
 
-def read_json(path: str, lists: tuple[str, ...]) -> dict[str, Any]:
-    """The object in a JSON file, whose fields `lists` are lists of objects; raises `ValueError` naming the file."""
-    data = files.read_bytes(path)
-    collecting = gc.isenabled()
-    gc.disable()  # which would look through the millions of new objects again and again
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    finally:
-        if collecting:
-            gc.enable()
+def read_json(path: str, lists: tuple[str, ...], *, polygons: bool = True) -> dict[str, Any]:
+    """The object in a JSON file, whose fields `lists` are lists of objects; raises `ValueError` naming the file.
+
+    Without `polygons`, those of COCO's `segmentation` are not read, which are most of its bytes.
+    """
+    content = _parsed(path, polygons)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected an object with {', '.join(lists)}, found {type(content).__name__}")
     for name in lists:
@@ -173,6 +161,52 @@ def read_json(path: str, lists: tuple[str, ...]) -> dict[str, Any]:
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise ValueError(f"{path}: needs {name!r}, a list of objects")
     return content
+
+
+def read_json_list(path: str) -> list[dict[str, Any]]:
+    """The list of objects in a JSON file; raises `ValueError` naming the file."""
+    content = _parsed(path)
+    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+        raise ValueError(f"{path}: expected a list of objects, found {type(content).__name__}")
+    return content
+
+
+def _parsed(path: str, polygons: bool = True) -> Any:
+    data = files.read_bytes(path)
+    collecting = gc.isenabled()
+    gc.disable()  # which would look through the millions of new objects again and again
+    try:
+        if not polygons:
+            with contextlib.suppress(ValueError, RecursionError):  # then the file as it is has its own say
+                return json.loads(without_polygons(data))
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    finally:
+        if collecting:
+            gc.enable()
+
+
+_POLYGONS = b'"segmentation":'
+
+
+def without_polygons(data: bytes) -> bytes:
+    """The JSON with 0 for its lists of polygons, which nothing here reads and which take long to parse.
+
+    Only what stands between `[` and the next `]]` without any quote is cut: within a text a quote would be escaped, so
+    the key is one, and a list that nests deeper leaves brackets that make the rest no JSON.
+    """
+    pieces, begin = [], 0
+    while (key := data.find(_POLYGONS, begin)) >= 0:
+        start = key + len(_POLYGONS)
+        while data[start : start + 1].isspace():
+            start += 1
+        end = data.find(b"]]", start) + 2
+        cut = data[start : start + 1] == b"[" and end >= 2 and data.find(b'"', start, end) < 0
+        pieces += (data[begin:start], b"0") if cut else (data[begin:start],)
+        begin = end if cut else start
+    pieces.append(data[begin:])
+    return b"".join(pieces)
 
 
 def read_images(
@@ -261,9 +295,8 @@ def _looked_up(ids: Iterable[int], number_by_id: Mapping[int, int]) -> Int64[np.
     return np.fromiter((number_by_id.get(one, -2) for one in ids), dtype=np.int64)
 
 
-def _boxes_px(annotations: list[dict[str, Any]]) -> Float64[np.ndarray, "A 4"]:
-    """The `bbox` of all annotations; NaN for whatever is not a list of 4 numbers."""
-    lists: list[Any] = [entry.get("bbox") for entry in annotations]
+def boxes_of(lists: list[Any]) -> Float64[np.ndarray, "A 4"]:
+    """Boxes as JSON gives them; NaN for whatever is not a list of 4 numbers."""
     try:
         if set(map(type, lists)) <= {list} and set(map(len, lists)) <= {4}:
             flat = list(itertools.chain.from_iterable(lists))

@@ -11,7 +11,10 @@ from opencloc.data.sidecar import sidecar_path
 from opencloc.data.sources.coco import Coco
 from opencloc.data.sources.folder import ImageFolder
 from opencloc.data.sources.spec import open_source
+from opencloc.data.sources.table import AnnotatedPhotos
 from opencloc.data.tars.shards import Shards
+
+StoredPhotos = Shards | Coco | ImageFolder | AnnotatedPhotos  # sources of image files, which `image_bytes` gives
 
 
 def open_labelled(spec: str, sidecar: str | None = None) -> Source:

@@ -1,8 +1,9 @@
 """Sources by name: `KIND:LOCATION?key=value&key=value`, the one way data is named on the command line and in configs.
 
 Kinds: `scenes` (generated, location `rich` or `easy`), `shards` (tars), `folder` (image files), `coco` (COCO-format
-JSON), `mosaic` (of the photos of any location), `crops` (of the regions of any location).  Options are the fields of
-the kind's config.
+JSON, also LVIS's and Objects365's), `grit`, `visual-genome`, `flickr30k-entities`, `refcoco`, `openimages`, `fg-clip`
+(those data sets' own files), `mosaic` (of the photos of any location), `crops` (of the regions of any location).
+Options are the fields of the kind's config.
 
     scenes:rich?num_things=120&seed=1
     shards:/data/{00000..00007}.tar?sidecar=vesl
@@ -34,8 +35,14 @@ from opencloc.data.sample import Sample, Source
 from opencloc.data.scenes.scenes import SceneConfig, Scenes
 from opencloc.data.sources.coco import Coco, CocoConfig, is_coco_folder
 from opencloc.data.sources.crops import Crops, CropsConfig
+from opencloc.data.sources.fg_clip import FgClipConfig, open_fg_clip
+from opencloc.data.sources.flickr_entities import FlickrEntitiesConfig, open_flickr_entities
 from opencloc.data.sources.folder import FolderConfig, ImageFolder
+from opencloc.data.sources.grit import Grit, GritConfig
 from opencloc.data.sources.mosaic import Mosaic, MosaicConfig, NamedSource
+from opencloc.data.sources.open_images import OpenImagesConfig, open_open_images
+from opencloc.data.sources.refcoco import RefcocoConfig, open_refcoco
+from opencloc.data.sources.visual_genome import VisualGenomeConfig, open_visual_genome
 from opencloc.data.tars.shards import Shards, ShardsConfig
 from opencloc.errors import BadSample
 
@@ -44,6 +51,12 @@ _CONFIGS: dict[str, type] = {
     "shards": ShardsConfig,
     "folder": FolderConfig,
     "coco": CocoConfig,
+    "grit": GritConfig,
+    "visual-genome": VisualGenomeConfig,
+    "flickr30k-entities": FlickrEntitiesConfig,
+    "refcoco": RefcocoConfig,
+    "openimages": OpenImagesConfig,
+    "fg-clip": FgClipConfig,
     "mosaic": MosaicConfig,
     "crops": CropsConfig,
 }
@@ -71,11 +84,18 @@ def open_source(spec: str, *, image_px: int | None = None, sidecar: str | None =
     if image_px is not None and kind != "crops":
         options.setdefault("image_px", str(image_px))
     config = _config(spec, _CONFIGS[kind], options)
+    place = location.rstrip("/")
     openers: dict[str, Callable[[], Source]] = {
         "scenes": lambda: Scenes(config),
         "shards": lambda: Shards(location, config),
         "folder": lambda: ImageFolder(location, config),
         "coco": lambda: Coco(location, config),
+        "grit": lambda: Grit(location, config),
+        "visual-genome": lambda: open_visual_genome(place, config),
+        "flickr30k-entities": lambda: open_flickr_entities(place, config),
+        "refcoco": lambda: open_refcoco(place, config),
+        "openimages": lambda: open_open_images(place, config),
+        "fg-clip": lambda: open_fg_clip(place, config),
         "mosaic": lambda: Mosaic(_photos(spec, location, config), config),
         # a region of a quarter of the image's sides still fills the square
         "crops": lambda: Crops(open_source(location, image_px=image_px and 4 * image_px), config),

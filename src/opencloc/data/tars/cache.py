@@ -28,12 +28,13 @@ _KINDS = {
     "tars": "copies of remote tars",
     "indices": "where the samples of tars lie",
     "counts": "how many samples tars hold",
+    "annotations": "what annotation files say",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """Shows the cache of remote tars and their indices.
+    """Shows the cache of remote tars, their indices and what was read from annotation files.
 
     The environment variable OPENCLOC_CACHE sets its place, by default ~/.cache/opencloc.  Copies of remote tars take
     up to 50 GB; a source sets another size by its option, as in `shards:s3://bucket/{000..999}.tar?cache_gb=200`.

@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from cachetools import LRUCache, TTLCache
@@ -136,11 +137,15 @@ class Shards:
         image, json_bytes, text = self._read(found, version, row)
         if json_bytes is None and text is None and labels is None and found.problems[NOT_ADJACENT]:
             raise BadSample(NOT_ADJACENT, where, "no .json or .txt follows the image, others stand alone in this tar")
-        record = parse_record(where, json_bytes, text)
+        record = self.parse(where, json_bytes, text)
         if labels is not None:
             record = with_labels(record, labels.get(key), where)
         decoded = decode_image(image, where, self.config.image_px)
         return Sample(key=key, image=decoded, where=where, **record)
+
+    def parse(self, where: str, json_bytes: bytes | None, text: bytes | None) -> dict[str, Any]:
+        """The fields of a sample but for key and image; raises `BadSample`."""
+        return parse_record(where, json_bytes, text)
 
     def label_sizes(self) -> dict[str, int | None]:
         """Size of every tar, and of its sidecar if that is read: another one says that the labels are others."""

@@ -84,7 +84,7 @@ def open_images_recognition(
 def _read_classes(path: str) -> dict[str, str]:
     """Name of each class by its id; raises `ValueError` naming file and line."""
     names: dict[str, str] = {}
-    for number, row in enumerate(csv.reader(files.read_text(path).splitlines()), start=1):
+    for number, row in _csv(path):
         if not row or row[0] == "LabelName":  # newer files have a heading
             continue
         if len(row) != 2 or not row[1].strip() or row[0] in names:
@@ -95,10 +95,19 @@ def _read_classes(path: str) -> dict[str, str]:
 
 def _rows(path: str) -> Iterator[tuple[int, dict[str, str]]]:
     """(line, row) of a CSV of boxes; raises `ValueError` naming what is missing."""
-    lines = csv.DictReader(files.read_text(path).splitlines())
-    if missing := [name for name in COLUMNS if name not in (lines.fieldnames or ())]:
+    lines = _csv(path)
+    _, columns = next(lines, (1, []))
+    if missing := [name for name in COLUMNS if name not in columns]:
         raise ValueError(f"{path}: no column {', '.join(missing)} in the first line")
-    for number, row in enumerate(lines, start=2):
-        if None in row.values():
-            raise ValueError(f"{path}, line {number}: fewer fields than columns")
-        yield number, row
+    for number, row in lines:
+        if len(row) != len(columns):
+            raise ValueError(f"{path}, line {number}: {len(row)} fields in {len(columns)} columns")
+        yield number, dict(zip(columns, row, strict=True))
+
+
+def _csv(path: str) -> Iterator[tuple[int, list[str]]]:
+    """(line, fields) of a CSV."""
+    try:
+        yield from enumerate(csv.reader(files.read_text(path).splitlines()), start=1)
+    except csv.Error as error:
+        raise ValueError(f"{path}: not a CSV ({error})") from error

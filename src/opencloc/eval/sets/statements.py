@@ -11,6 +11,8 @@ from opencloc.data.sources.coco_json import BAD_FILE_NAME, field_of, is_file_nam
 from opencloc.eval.sets.item import EMPTY_TEXT, IMAGES, TEXTS, EvalSet, Item, Skipped, Stored, first_file, first_folder
 
 CATEGORIES = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
+COCO = ("val2017", "images", "images/val2017")  # where the photos may lie
+VSR = ("images", "trainval2017", "data/images", "data/trainval2017")
 
 
 def sugarcrepe(location: str, *, images: str | None = None) -> EvalSet:
@@ -28,14 +30,14 @@ def sugarcrepe(location: str, *, images: str | None = None) -> EvalSet:
             file_name = field_of(path, what, entry, "filename", str)
             true, false = (field_of(path, what, entry, key, str).strip() for key in ("caption", "negative_caption"))
             _add(found, file_name, (category, true, false), skipped)
-    items = [Item(image=image, pairs=tuple(pairs)) for image, pairs in _images(found, location, images)]
+    items = [Item(image=image, pairs=tuple(pairs)) for image, pairs in _images(found, images, location, COCO)]
     return EvalSet(name="all", items=items, num_items=len(items), skipped=skipped)
 
 
 def vsr(location: str, *, split: str = "random/test", images: str | None = None) -> EvalSet:
     """VSR's spatial relations, each true or false of its image: `SPLIT.jsonl` (random/test, zeroshot/test, ...).
 
-    The file lies in the location or its folder `data/splits/`.  `images` has COCO's photos in one folder.
+    The file lies in the location or its folder `data/splits/`, COCO's photos in one folder, `data/images/` as a rule.
     """
     path = first_file([f"{location}/{part}{split}.jsonl" for part in ("", "splits/", "data/splits/")], "split")
     found: dict[str, list[tuple[str, bool]]] = {}
@@ -48,7 +50,7 @@ def vsr(location: str, *, split: str = "random/test", images: str | None = None)
         if label not in (0, 1):
             raise ValueError(f"{path}: {what}: label is {label}, must be 0 or 1")
         _add(found, field_of(path, what, entry, "image", str), (text.strip(), label == 1), skipped)
-    items = [Item(image=image, claims=tuple(claims)) for image, claims in _images(found, location, images)]
+    items = [Item(image=image, claims=tuple(claims)) for image, claims in _images(found, images, location, VSR)]
     return EvalSet(name=split, items=items, num_items=len(items), skipped=skipped)
 
 
@@ -72,9 +74,11 @@ def _add(found: dict[str, list[Any]], file_name: str, statement: tuple[Any, ...]
         found.setdefault(file_name, []).append(statement)
 
 
-def _images(found: dict[str, list[Any]], location: str, images: str | None) -> list[tuple[Stored, list[Any]]]:
+def _images(
+    found: dict[str, list[Any]], images: str | None, location: str, parts: tuple[str, ...]
+) -> list[tuple[Stored, list[Any]]]:
+    """Where each image lies, with its statements."""
     if not found:
         raise ValueError(f"{location}: no statement can be used")
-    folders = [images] if images else [f"{location}/{part}" for part in ("val2017", "images", "images/val2017")]
-    folder = first_folder(folders, list(found))
+    folder = first_folder([images] if images else [f"{location}/{part}" for part in parts], list(found))
     return [(Stored(path=f"{folder}/{name}"), statements) for name, statements in found.items()]
