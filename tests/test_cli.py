@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import CLIPModel
 
-from opencloc.cli import VERBS, _together, main
+from opencloc.cli import VERBS, main
+from opencloc.cli.arguments import together
 from opencloc.config import to_json
 from opencloc.presets import tiny
 from tests.test_docs import save_untrained
@@ -58,7 +59,7 @@ def test_errors_say_what_was_wrong_and_where(
 
 def test_an_option_that_comes_twice_keeps_all_its_values() -> None:
     both = ["--data", "scenes:easy", "--batch-size", "4", "--data=grounding=scenes:rich"]
-    assert _together(both, "--data") == ["--batch-size", "4", "--data", "scenes:easy", "grounding=scenes:rich"]
+    assert together(both, "--data") == ["--batch-size", "4", "--data", "scenes:easy", "grounding=scenes:rich"]
 
 
 def test_value_out_of_range_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from opencloc.cli import VERBS, main
 from opencloc.model.cloc import ClocConfig, ClocModel
@@ -16,6 +17,7 @@ from opencloc.model.processor import ClocProcessor, train_tokenizer
 from opencloc.presets import tiny
 from opencloc.train.build import tower_config
 from opencloc.train.checkpoint import save_model
+from tests.mllm.speakers import tiny_model
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -60,7 +62,7 @@ def test_commands_have_existing_verbs_and_flags(page: Path, capsys: pytest.Captu
     for command in re.findall(rf"opencloc ((?:{verbs})\b[^\n`#|&]*)", text):
         words = command.split()
         verb = next(v for v in sorted(VERBS, key=len, reverse=True) if words[: len(v.split())] == v.split())
-        preset = ["tiny"] if verb == "train" else []
+        preset = {"train": ["tiny"], "mllm train": ["align"]}.get(verb, [])
         with pytest.raises(SystemExit):
             main([*verb.split(), *preset, "--help"])
         known = re.sub(r"[│\s]+", " ", capsys.readouterr().out).replace("_", "-")
@@ -98,10 +100,17 @@ def test_every_result_names_what_made_it() -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_of(page)], ids=lambda page: page.name)
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder where the quickstart's model lies, untrained, and its export.  A block may need a package in vain."""
+    """In a folder with the quickstart's model, untrained, its export, a multimodal model and a photo.
+
+    A block may need a package in vain.
+    """
     folder = tmp_path / "runs/quickstart/cloc/model"
     save_untrained(folder)
     export_clip(ClocModel.from_pretrained(folder), ClocProcessor.from_pretrained(folder), tmp_path / "clip")
+    model, processor = tiny_model()
+    model.save_pretrained(tmp_path / "runs/mllm/instruct/model")
+    processor.save_pretrained(tmp_path / "runs/mllm/instruct/model")
+    Image.new("RGB", (320, 240), "gray").save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "__main__"}
     for code in python_of(page):

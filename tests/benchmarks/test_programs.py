@@ -356,3 +356,12 @@ def test_search_kills(run: Run, tmp_path: Path) -> None:
     figures = json.loads((out / "kills.json").read_text())
     assert figures["equal"]
     assert figures["whole"]
+
+
+def test_mllm_is_compared_with_plain_llava_of_the_same_size(run: Run) -> None:
+    small = ["--layers", 1, "--tower-layers", 2, "--width", 64, "--image-px", 32, "--new-tokens", 3]
+    out = run("mllm", "--rounds", 1, "--batch", 2, "--device", "cpu", *small)
+    rates = json.loads((out / "figures.json").read_text())["rates"]
+    assert set(rates) == {"plain", "no regions", "roi", "points", "prompter"}
+    assert rates["plain"]["train, time against plain"] == rates["plain"]["generate, time against plain"] == 1
+    assert "| no regions |" in (out / "README.md").read_text()

@@ -247,6 +247,30 @@ def test_scores_of_a_hand_computed_case() -> None:
     assert math.isnan(without.scores["top1"].low)
 
 
+@given(seed=seeds, count=st.integers(2, 40))
+@settings(max_examples=20, deadline=None)
+def test_a_ratio_of_sums_to_ones_is_the_mean_and_its_interval_that_of_the_mean(seed: int, count: int) -> None:
+    random = np.random.default_rng(seed)
+    images, hits = random.integers(0, 7, count), random.random(count)
+    scorer = Scorer(images, resamples=50)
+    scorer.add("mean", "mean", hits, images, of="x")
+    scorer.add_ratio("ratio", "ratio", hits, np.ones(count), images, of="x")
+    scorer.add_ratio("twice", "twice", 2 * hits, np.full(count, 4.0), images, of="x")
+    mean, ratio, twice = (scorer.scores[key] for key in ("mean", "ratio", "twice"))
+    np.testing.assert_allclose([ratio.value, ratio.low, ratio.high], [mean.value, mean.low, mean.high])
+    np.testing.assert_allclose([twice.value, twice.low, twice.high], np.array([mean.value, mean.low, mean.high]) / 2)
+
+
+def test_a_ratio_to_nothing_is_no_number_and_draws_without_a_whole_do_not_count() -> None:
+    images = np.array([0, 1])
+    scorer = Scorer(images, resamples=30)
+    scorer.add_ratio("none", "none", np.zeros(2), np.zeros(2), images, of="x")
+    scorer.add_ratio("half", "half", np.array([1.0, 0.0]), np.array([2.0, 0.0]), images, of="x")
+    assert math.isnan(scorer.scores["none"].value)
+    assert scorer.scores["half"].value == 0.5
+    assert math.isnan(scorer.scores["half"].low)  # every draw that counts says one half
+
+
 def test_sizes_are_cocos() -> None:
     small, medium, large = by_size(np.array([0.0, 1023.9, 1024.0, 9215.9, 9216.0, 1e9])).values()
     assert (small.sum(), medium.sum(), large.sum()) == (2, 2, 2)

@@ -314,7 +314,7 @@ def start(config: LabelConfig, workers: int) -> subprocess.Popen:
     """A run in a process of its own, as from the command line."""
     arguments = ["--data", *config.data, "--out", str(config.out), "--detector", config.detector]
     arguments += ["--phrases", config.phrases, "--batch-size", str(config.batch_size), "--workers", str(workers)]
-    command = [sys.executable, "-m", "opencloc.cli", "label", *arguments]
+    command = [sys.executable, "-m", "opencloc", "label", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

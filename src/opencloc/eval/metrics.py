@@ -164,6 +164,24 @@ class Scorer:
             low, high = wilson(value, len(np.unique(images)))
         self.scores[key] = Score(label=label, value=value, low=low, high=high, count=len(hits), of=of)
 
+    def add_ratio(
+        self, key: str, label: str, parts: np.ndarray, wholes: np.ndarray, images: np.ndarray, *, of: str
+    ) -> None:
+        """Adds the score `key`: the sum of `parts` over the sum of `wholes`, which F1 and judged scores are.
+
+        A draw whose wholes sum to nothing doesn't count; no wholes at all: NaN.
+        """
+        places = np.searchsorted(self._images, images)
+        sums = [np.bincount(places, weights=rows, minlength=len(self._images)) for rows in (parts, wholes)]
+        drawn = [self._draws.astype(np.float64) @ of_image for of_image in sums]
+        ratios = np.divide(*drawn, out=np.full(len(self._draws), math.nan), where=drawn[1] > 0)
+        ratios = ratios[~np.isnan(ratios)]
+        value = float(sums[0].sum() / sums[1].sum()) if sums[1].sum() > 0 else math.nan
+        low, high = (math.nan, math.nan)
+        if len(np.unique(images)) > 1 and len(ratios) and ratios.min() < ratios.max():
+            low, high = map(float, np.quantile(ratios, (0.025, 0.975)))
+        self.scores[key] = Score(label=label, value=value, low=low, high=high, count=len(parts), of=of)
+
     def add_accuracy(
         self,
         hits: np.ndarray,

@@ -80,8 +80,12 @@ def open_set(task: str, location: str) -> EvalSet:
     """
     if task not in BENCHMARKS:
         raise ValueError(f"unknown task {task!r}; there are {', '.join(BENCHMARKS)}")
+    return read_set(BENCHMARKS[task].read, task, location)
+
+
+def read_set(read: Callable[..., EvalSet], task: str, location: str) -> EvalSet:
+    """What `read` makes of `PATH?key=value&...`; the keys are its keyword arguments.  Raises as `open_set`."""
     path, _, query = location.partition("?")
-    read = BENCHMARKS[task].read
     known = {name: p for name, p in inspect.signature(read).parameters.items() if p.kind is p.KEYWORD_ONLY}
     options: dict[str, Any] = {}
     for part in query.split("&") if query else ():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -17,9 +17,9 @@ from opencloc.devices import Precision, choose_device, computes_in_bf16
 from opencloc.errors import and_skipped
 from opencloc.eval.encoders import Encoder, RegionWay, View, check_regions, load_encoder, natural_way
 from opencloc.eval.pictures import Prediction, predict
-from opencloc.eval.registry import BENCHMARKS, SOURCE_TASKS, TASKS, open_set, task_name
+from opencloc.eval.registry import BENCHMARKS, SOURCE_TASKS, TASKS, read_set, task_name
 from opencloc.eval.report import SERIES, Result, flat_metrics, to_json, to_markdown, write_html_report
-from opencloc.eval.sets.item import IMAGES, EvalSet, Loaded, Unread, by_unit, in_words, load
+from opencloc.eval.sets.item import IMAGES, EvalSet, Loaded, Skipped, Unread, by_unit, in_words, load
 from opencloc.eval.sets.source import source_set
 from opencloc.eval.tasks import Ask, Batch, Scores
 from opencloc.eval.text_bank import TextBank, check_finite
@@ -104,7 +104,13 @@ def run_eval(config: EvalConfig) -> list[Result]:
     disable_progress_bar()  # transformers' own, one for every model
     device = choose_device(config.device)
     models = _named(config)
-    sets = _open_sets(config)
+    sets = open_sets(
+        list(dict.fromkeys(map(task_name, config.tasks))),
+        config.data,
+        config.class_names,
+        on_source=SOURCE_TASKS,
+        readers={name: benchmark.read for name, benchmark in BENCHMARKS.items()},
+    )
     results: list[Result] = []
     pictures: list[Prediction] = []
     for name, folder, way in models:
@@ -151,41 +157,27 @@ def evaluate(
     when an encoder gives embeddings that are not finite.
     """
     tasks = [task_name(task) for task in tasks]
-    num_images = num_images or data.num_images
-    if num_images is None and data.num_items is None:
-        raise ValueError(f"{data.name} is endless: num_images must say how many are used")
-    most = min(n for n in (num_images, data.num_items) if n is not None)
-    unread, noted, skipped, read = Unread(allowed=int(max_missing * most)), Counter[str](), Counter(data.skipped), 0
     bank, bf16 = TextBank(encoder), computes_in_bf16(precision, encoder.device)
     asks = [Ask(encoder=encoder, data=data, bank=bank, resamples=resamples) for _ in tasks]
-    what = f"{tasks[0] if len(tasks) == 1 else data.name}: {encoder.name}"
+
+    def encode(loaded: list[Loaded]) -> Batch:
+        encoded = encoder.encode_images([one.image for one in loaded])
+        check_finite(encoder, "image", encoded.embedding)
+        return Batch(encoder, loaded, encoded)
+
     with (
         torch.inference_mode(),
         torch.autocast(encoder.device.type, dtype=torch.bfloat16, enabled=bf16),
-        Meter(what, most) as meter,
     ):
-        running = [TASKS[task](ask) for task, ask in zip(tasks, asks, strict=True)]
-        for task in running:
-            next(task)
-        for loaded in load(data, num_images, batch_size, unread):
-            encoded = encoder.encode_images([one.image for one in loaded])
-            check_finite(encoder, "image", encoded.embedding)
-            batch = Batch(encoder, loaded, encoded)
-            for task in running:
-                task.send(batch)
-            for one in loaded:
-                noted.update(one.noted)
-                skipped.update(one.item.skipped)
-            read += len(loaded)
-            meter.advance(len(loaded))
-        scores = [_finish(task) for task in running]
-    skipped.update({(IMAGES, reason): count for reason, count in unread.reasons.items()})
-    if not read:
-        raise ValueError(f"{data.name}: no image can be used{and_skipped(in_words(skipped))}")
-    of_images = None
-    if data.num_items is not None:
-        of_images = data.num_items + sum(count for (unit, _), count in data.skipped.items() if unit == IMAGES)
-        skipped[IMAGES, f"after the first {read:,}"] = data.num_items - read - unread.reasons.total()
+        done = one_pass(
+            data,
+            [TASKS[task](ask) for task, ask in zip(tasks, asks, strict=True)],
+            encode,
+            what=f"{tasks[0] if len(tasks) == 1 else data.name}: {encoder.name}",
+            num_images=num_images,
+            batch_size=batch_size,
+            max_missing=max_missing,
+        )
     return [
         Result(
             encoder=encoder.name,
@@ -194,14 +186,66 @@ def evaluate(
             rules=_rules(task, ask),
             precision="bf16" if bf16 else "fp32",
             images=ask.num_images,
-            of_images=of_images,
+            of_images=done.of_images,
             class_names=ask.class_names,
-            scores=of_task,
-            skipped=by_unit(skipped + ask.skipped),
-            noted=dict(noted),
+            scores=scores,
+            skipped=by_unit(done.skipped + ask.skipped),
+            noted=dict(done.noted),
         )
-        for task, ask, of_task in zip(tasks, asks, scores, strict=True)
+        for task, ask, scores in zip(tasks, asks, done.scores, strict=True)
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """What one pass over a set came to."""
+
+    scores: list[Scores]  # of each task
+    of_images: int | None  # in the set; None: an endless source
+    skipped: Skipped
+    noted: Counter[str]  # images that were used, by what is unusual about them
+
+
+def one_pass(
+    data: EvalSet,
+    tasks: Sequence[Generator[None, Any, Scores]],
+    prepare: Callable[[list[Loaded]], Any],
+    *,
+    what: str,
+    num_images: int | None,
+    batch_size: int,
+    max_missing: float,
+) -> Pass:
+    """The scores of all tasks from one pass over the images; every batch is prepared once, then sent to each task.
+
+    Raises ValueError when more than `max_missing` of the images cannot be read, or none can.
+    """
+    num_images = num_images or data.num_images
+    if num_images is None and data.num_items is None:
+        raise ValueError(f"{data.name} is endless: num_images must say how many are used")
+    most = min(n for n in (num_images, data.num_items) if n is not None)
+    unread, noted, skipped, read = Unread(allowed=int(max_missing * most)), Counter[str](), Counter(data.skipped), 0
+    with Meter(what, most) as meter:
+        for task in tasks:
+            next(task)
+        for loaded in load(data, num_images, batch_size, unread):
+            batch = prepare(loaded)
+            for task in tasks:
+                task.send(batch)
+            for one in loaded:
+                noted.update(one.noted)
+                skipped.update(one.item.skipped)
+            read += len(loaded)
+            meter.advance(len(loaded))
+        scores = [_finish(task) for task in tasks]
+    skipped.update({(IMAGES, reason): count for reason, count in unread.reasons.items()})
+    if not read:
+        raise ValueError(f"{data.name}: no image can be used{and_skipped(in_words(skipped))}")
+    of_images = None
+    if data.num_items is not None:
+        of_images = data.num_items + sum(count for (unit, _), count in data.skipped.items() if unit == IMAGES)
+        skipped[IMAGES, f"after the first {read:,}"] = data.num_items - read - unread.reasons.total()
+    return Pass(scores=scores, of_images=of_images, skipped=skipped, noted=noted)
 
 
 def _rules(task: str, ask: Ask) -> str:
@@ -214,7 +258,7 @@ def _rules(task: str, ask: Ask) -> str:
     )
 
 
-def _finish(task: Generator[None, Batch | None, Scores]) -> Scores:
+def _finish(task: Generator[None, Any, Scores]) -> Scores:
     """The scores of a task that has seen all batches."""
     try:
         task.send(None)
@@ -244,18 +288,25 @@ def _named(config: EvalConfig) -> list[tuple[str, str, RegionWay]]:
     return named
 
 
-def _open_sets(config: EvalConfig) -> list[tuple[list[str], EvalSet]]:
-    """The sets of the command, each with the tasks asked of it; those on one source share it.
+def open_sets(
+    tasks: Sequence[str],
+    locations: Sequence[str],
+    class_names: str | None,
+    *,
+    on_source: Collection[str],
+    readers: Mapping[str, Callable[..., EvalSet]],
+) -> list[tuple[list[str], EvalSet]]:
+    """The sets at `[TASK=]LOCATION`, each with the tasks asked of it; those on one source share it.
 
-    Raises ValueError for a task without data, data without a task, and a set that comes twice.
+    `class_names`: a file of them; `on_source`: the tasks that any source serves; `readers`: of the others what reads
+    their public set.  Raises ValueError for a task without data, data without a task, and a set that comes twice.
     """
-    tasks = list(dict.fromkeys(map(task_name, config.tasks)))
     own: dict[str, list[str]] = {}
     shared: list[str] = []
-    for place in config.data:
+    for place in locations:
         head, equals, rest = place.partition("=")
         name = head.replace("_", "-")
-        if equals and name in TASKS:
+        if equals and (name in on_source or name in readers):
             if name not in tasks:
                 raise ValueError(f"--data {place}: the task {name} is not asked for")
             own.setdefault(name, []).append(rest)
@@ -267,15 +318,15 @@ def _open_sets(config: EvalConfig) -> list[tuple[list[str], EvalSet]]:
         raise ValueError(f"--data {shared[0]}: every task has data of its own")
     places = {task: own.get(task, shared) for task in tasks}
     names = None
-    if config.class_names is not None:
-        names = [line.strip() for line in files.read_text(config.class_names).splitlines() if line.strip()]
+    if class_names is not None:
+        names = [line.strip() for line in files.read_text(class_names).splitlines() if line.strip()]
     sets: list[tuple[list[str], EvalSet]] = [
-        ([task], open_set(task, place)) for task in tasks if task in BENCHMARKS for place in places[task]
+        ([task], read_set(readers[task], task, place)) for task in tasks if task in readers for place in places[task]
     ]
-    on_source = [task for task in tasks if task in SOURCE_TASKS]
-    for place in dict.fromkeys(place for task in on_source for place in places[task]):
+    asked_of_sources = [task for task in tasks if task in on_source]
+    for place in dict.fromkeys(place for task in asked_of_sources for place in places[task]):
         data = source_set(open_source(place), place, class_names=names)
-        sets.append(([task for task in on_source if place in places[task]], data))
+        sets.append(([task for task in asked_of_sources if place in places[task]], data))
     count = Counter(f"{task} {data.name}" for asked, data in sets for task in asked)
     if twice := [name for name, times in count.items() if times > 1]:
         raise ValueError(f"the same set twice: {', '.join(twice)}")

@@ -29,7 +29,7 @@ def export_clip(model: ClocModel, processor: ClocProcessor, folder: str | Path) 
     else.
     """
     folder = Path(folder)
-    if folder.exists() and not _may_be_replaced(folder):
+    if folder.exists() and not may_be_replaced(folder):
         raise ValueError(f"{folder} is there already and is no earlier export: it is not replaced")
     with files.new_folder(folder) as partial:
         model.clip.save_pretrained(partial)
@@ -48,7 +48,8 @@ def check_apart(model: str | Path, out: str | Path) -> None:
         raise ValueError(f"--out {out} must lie outside the checkpoint {model}, and must not hold it")
 
 
-def _may_be_replaced(folder: Path) -> bool:
+def may_be_replaced(folder: Path) -> bool:
+    """Whether nothing but an earlier export has the name."""
     if not folder.is_dir():
         return False
     readme = folder / "README.md"
@@ -90,7 +91,7 @@ def _image_processor(config: Any, processor: ClocProcessor) -> dict[str, dict[st
     use it) reads the other file, whose CLIPImageProcessor cannot pad.
     """
     side = processor.image_size
-    factor = _colour_factor(processor.image_mean)
+    factor = colour_factor(processor.image_mean)
     common = {
         "do_resize": True,
         "resample": int(Image.Resampling.BICUBIC),
@@ -131,7 +132,7 @@ def _image_processor(config: Any, processor: ClocProcessor) -> dict[str, dict[st
     }
 
 
-def _colour_factor(mean: Sequence[float]) -> float:
+def colour_factor(mean: Sequence[float]) -> float:
     """What rescaling, mean and deviation are all multiplied by, which changes no pixel: it makes the bars right.
 
     Others pad with `int(255 * mean)`, training with `PAD_RGB`, CLIP's mean rounded.  A difference of 1 in 255 is much:
@@ -179,5 +180,5 @@ The model sees square images of {side} x {side} pixels: the long side resized, t
 |---|---|
 | LLaVA | `--vision_tower` this folder, `--image_aspect_ratio pad`; `crop_size` and `size.shortest_edge` are {side} |
 | LLaVA, any resolution | `--image_aspect_ratio anyres`, with grid points that are multiples of {side} |
-| Ferret | `--vision_tower` this folder, `--image_aspect_ratio pad`: its default squashes photos to a square |
+| Ferret | `--vision_tower` this folder; it squashes photos to a square: pad them beforehand, boxes and masks too |
 """

@@ -170,11 +170,7 @@ class ClocProcessor(ProcessorMixin):
 
     def normalize(self, squares: UInt8[Tensor, "B S S 3"]) -> Float[Tensor, "B 3 S S"]:
         """Pixels (value / 255 - mean) / std on the device of the squares."""
-        scale = 1 / (255 * torch.tensor(self.image_std, device=squares.device))
-        offset = 255 * torch.tensor(self.image_mean, device=squares.device)
-        # bytes are transposed sooner than floats, and the arithmetic is in place
-        pixels = squares.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        return pixels.sub_(offset[:, None, None]).mul_(scale[:, None, None])
+        return normalize(squares, self.image_mean, self.image_std)
 
     def tokenize(self, texts: str | Sequence[Any]) -> Int[Tensor, "B T"]:
         """Token ids of one text or many, cut to the towers' length, padded to the longest (SigLIP: to the full length).
@@ -216,6 +212,17 @@ class ClocProcessor(ProcessorMixin):
             return_attention_mask=False,
             **options,
         )["input_ids"]
+
+
+def normalize(
+    squares: UInt8[Tensor, "B S S 3"], mean: Sequence[float], std: Sequence[float]
+) -> Float[Tensor, "B 3 S S"]:
+    """Pixels (value / 255 - mean) / std on the device of the squares."""
+    scale = 1 / (255 * torch.tensor(std, device=squares.device))
+    offset = 255 * torch.tensor(mean, device=squares.device)
+    # bytes are transposed sooner than floats, and the arithmetic is in place
+    pixels = squares.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return pixels.sub_(offset[:, None, None]).mul_(scale[:, None, None])
 
 
 def save_tokenizer(tokenizer: Any, folder: str | Path, max_length: int) -> None:

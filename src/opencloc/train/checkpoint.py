@@ -25,21 +25,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+from transformers.processing_utils import ProcessorMixin
 
 from opencloc import files
-from opencloc.model.cloc import ClocModel
-from opencloc.model.processor import ClocProcessor
 from opencloc.train.distributed import ALONE, Ranks, whole
 
 
 def save_model(
-    folder: Path, model: ClocModel, processor: ClocProcessor, ranks: Ranks = ALONE, **beside: Mapping[str, Any]
+    folder: Path, model: PreTrainedModel, processor: ProcessorMixin, ranks: Ranks = ALONE, **beside: Mapping[str, Any]
 ) -> None:
     """Writes model and processor to `folder`, atomically, replacing what was there; every rank has to call it.
 
     `beside`: name -> dict of tensors (`optimizer`, as safetensors) or anything else (JSON), written beside them.
     """
-    weights = _whole_tensors(model.state_dict(), ranks)
+    tied = set(model.all_tied_weights_keys or ())  # the same tensors by another name
+    weights = _whole_tensors({name: x for name, x in model.state_dict().items() if name not in tied}, ranks)
     beside = {name: _whole_tensors(f, ranks) if name == "optimizer" else f for name, f in beside.items()}
     if not ranks.is_first:
         return
@@ -59,8 +60,8 @@ def save_model(
 def save_checkpoint(
     root: Path,
     step: int,
-    model: ClocModel,
-    processor: ClocProcessor,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     *,
@@ -118,7 +119,7 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 @torch.no_grad()
-def load_checkpoint(folder: Path, model: ClocModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Loads weights and optimizer state in place, sharded as the model is, and returns the saved `state`.
 
     Raises ValueError if the checkpoint belongs to another architecture.

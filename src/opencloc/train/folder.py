@@ -6,17 +6,18 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import filelock
 
 from opencloc import files
-from opencloc.config import MAY_CHANGE, TrainConfig, changed_fields, from_json
+from opencloc.config import MAY_CHANGE, changed_fields, from_json
 from opencloc.train.checkpoint import list_checkpoints, problem_of, set_aside
 from opencloc.train.distributed import Ranks
 
 
 @contextmanager
-def run_folder(config: TrainConfig, ranks: Ranks) -> Iterator[Path | None]:
+def run_folder(config: Any, ranks: Ranks) -> Iterator[Path | None]:
     """Holds the folder of a run, and gives what is there: the final model, the checkpoint to go on from, or None.
 
     The first rank holds it, by a lock that falls with its process.  Raises ValueError on all ranks if another training
@@ -31,7 +32,7 @@ def run_folder(config: TrainConfig, ranks: Ranks) -> Iterator[Path | None]:
         lock.release()
 
 
-def _take(out: Path, config: TrainConfig, lock: filelock.BaseFileLock) -> str | None:
+def _take(out: Path, config: Any, lock: filelock.BaseFileLock) -> str | None:
     """Locks the folder; what is there, as a path below it."""
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -39,7 +40,7 @@ def _take(out: Path, config: TrainConfig, lock: filelock.BaseFileLock) -> str | 
     except filelock.Timeout:
         raise ValueError(f"{out}: another training is running in this folder") from None
     finished, checkpoints, settings = out / "model", list_checkpoints(out / "checkpoints"), out / "config.json"
-    there = from_json(TrainConfig, settings.read_bytes(), settings) if settings.exists() else None
+    there = from_json(type(config), settings.read_bytes(), settings) if settings.exists() else None
     if not checkpoints and not finished.exists():
         return None  # a start that failed leaves the folder free
     if there is None:

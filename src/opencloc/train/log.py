@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from opencloc.config import TrainConfig
 from opencloc.loss import ClocLoss
 from opencloc.model.cloc import ClocOutput
 from opencloc.progress import Meter
@@ -22,7 +21,7 @@ class RunLog:
     `quiet`: nothing is written or shown, as on all ranks but the first.
     """
 
-    def __init__(self, out: Path, config: TrainConfig, *, start: int, quiet: bool = False) -> None:
+    def __init__(self, out: Path, config: Any, *, start: int, quiet: bool = False) -> None:
         self.path, self.config, self.start, self.quiet = out / "log.jsonl", config, start, quiet
         self.waited, self.since_step, self.since = 0.0, start, time.perf_counter()
         self.meter = Meter(str(out), config.steps, unit="steps", start=start)
@@ -62,17 +61,25 @@ class RunLog:
     def write(
         self, step: int, loss: ClocLoss, output: ClocOutput, grad_norm: Tensor, *, lr: float, skipped: Counter[str]
     ) -> None:
-        """Writes the record of a step."""
+        """Writes the record of a step of pre-training."""
         if self.quiet:
             return
+        values = {name: value.item() for name, value in vars(loss).items() if value is not None}
+        for name in ("logit_scale", "region_logit_scale"):
+            if (value := getattr(output, name)) is not None:
+                values[name] = value.item()
+        record = self.write_values(step, values | {"grad_norm": grad_norm.item()}, lr=lr, skipped=skipped)
+        parts = [f"{name} {record[name]:.3f}" for name in ("image_text", "region_text", "grounding") if name in record]
+        self.meter.note = f"{record['images_per_s']:,.0f} images/s, loss {record['total']:.3f} ({', '.join(parts)})"
+
+    def write_values(self, step: int, values: dict[str, float], *, lr: float, skipped: Counter[str]) -> dict[str, Any]:
+        """Writes the record of a step with these values; the record, which is empty on quiet ranks."""
+        if self.quiet:
+            return {}
         now = time.perf_counter()
         seconds, steps = now - self.since, step - self.since_step
         record: dict[str, Any] = {"step": step, "images": step * self.config.batch_size, "lr": lr}
-        record |= {name: round(value.item(), 6) for name, value in vars(loss).items() if value is not None}
-        for name in ("logit_scale", "region_logit_scale"):
-            if (value := getattr(output, name)) is not None:
-                record[name] = round(value.item(), 4)
-        record["grad_norm"] = round(grad_norm.item(), 4)
+        record |= {name: round(value, 6) for name, value in values.items()}
         record["images_per_s"] = round(steps * self.config.batch_size / seconds, 2)
         record["data_wait"] = round(self.waited / seconds, 4)  # share of the time spent waiting for the loader
         record["skipped"] = dict(skipped)
@@ -86,5 +93,4 @@ class RunLog:
             for name, value in record.items():
                 if isinstance(value, int | float) and name != "step":
                     self.tensorboard.add_scalar(name, value, step)
-        parts = [f"{name} {record[name]:.3f}" for name in ("image_text", "region_text", "grounding") if name in record]
-        self.meter.note = f"{record['images_per_s']:,.0f} images/s, loss {record['total']:.3f} ({', '.join(parts)})"
+        return record

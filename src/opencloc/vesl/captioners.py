@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from opencloc.chat_server import ChatServer, NoAnswer, ServerError
 from opencloc.config import Strict
 from opencloc.data.sample import Sample
 from opencloc.devices import Precision, choose_device, computes_in_bf16
@@ -24,7 +24,6 @@ PROMPT = (
     "material, and say where it is. Do not guess what cannot be seen."
 )
 ExistingText = Literal["caption", "all-captions", "alt-text"]
-_FATAL = {401, 403, 404, 405}  # statuses that every image would get: wrong key, address or model name
 _JPEG_QUALITY = 90
 
 
@@ -129,27 +128,28 @@ class ExistingCaptioner:
 
 
 class ServerCaptioner:
-    """A model behind an OpenAI-compatible server (vLLM, SGLang, llama.cpp, a commercial one).
+    """A model behind an OpenAI-compatible server.
 
-    The `openai` client repeats what may pass (time-outs, broken connections, status 408, 409, 429 and 5xx), with
-    growing waits or as `Retry-After` asks.  What still fails is that image's failure.  Status 401, 403, 404 and 405
-    and a server that takes no connection raise `CaptionerError`.
+    What fails after the client's repetitions is that image's failure.  What would fail for every image (a wrong key,
+    address or model, no connection) raises `CaptionerError`.
     """
 
     def __init__(self, config: CaptionConfig) -> None:
-        from openai import OpenAI
-
-        self._config, self._url = config, config.captioner.rstrip("/")
-        key = os.environ.get(config.api_key_env) or "none"  # vLLM asks for none, the client insists on one
+        self._config = config
+        url = config.captioner.rstrip("/")
         try:
-            self._client = OpenAI(base_url=self._url, api_key=key, timeout=config.timeout_s, max_retries=config.retries)
-            self._model = config.server_model or self._only_model()
-        except CaptionerError:
-            self.close()
-            raise
-        except Exception as error:
-            raise CaptionerError(f"caption server {self._url}: {error}") from error
-        self.model_id = f"{self._model} at {self._url}"
+            self._server = ChatServer(
+                "caption server",
+                url,
+                config.server_model,
+                model_option="captions.server_model",
+                api_key_env=config.api_key_env,
+                timeout_s=config.timeout_s,
+                retries=config.retries,
+            )
+        except ServerError as error:
+            raise CaptionerError(str(error)) from error
+        self.model_id = f"{self._server.model} at {url}"
 
     def caption(self, samples: Sequence[Sample]) -> list[str | BadSample]:
         pool = ThreadPoolExecutor(self._config.concurrency)
@@ -160,26 +160,17 @@ class ServerCaptioner:
 
     def close(self) -> None:
         """Closes the connections."""
-        self._client.close()
+        self._server.close()
 
     def _one(self, sample: Sample) -> str | BadSample:
-        import openai
-
         try:
-            answer = self._client.chat.completions.create(
-                model=self._model,
-                messages=self._question(sample.image),
-                max_tokens=self._config.max_new_tokens,
-                temperature=0,
-            )
-            return _checked(answer.choices[0].message.content or "", sample)
-        except openai.APIError as error:
-            self._raise_if_fatal(error)
-            status = getattr(error, "status_code", 500)
-            refused = 400 <= status < 500 and status not in (408, 409, 429)
-            reason = "caption server refused the image" if refused else "caption server failed"
-            return BadSample(reason, sample.key, _complaint(error))
-        except Exception as error:  # an answer of another shape, an image that cannot be encoded
+            return _checked(self._server.ask(self._question(sample.image), self._config.max_new_tokens), sample)
+        except ServerError as error:
+            raise CaptionerError(str(error)) from error
+        except NoAnswer as error:
+            reason = "caption server refused the image" if error.refused else "caption server failed"
+            return BadSample(reason, sample.key, str(error))
+        except Exception as error:  # an image that cannot be encoded
             return BadSample("caption server failed", sample.key, f"unusable answer: {_one_line(error)}")
 
     def _question(self, image: Image.Image) -> Any:
@@ -188,31 +179,6 @@ class ServerCaptioner:
             {"type": "text", "text": self._config.prompt},
         ]
         return [{"role": "user", "content": content}]
-
-    def _only_model(self) -> str:
-        import openai
-
-        try:
-            models = [model.id for model in self._client.models.list().data]
-        except Exception as error:
-            if isinstance(error, openai.APIError):
-                self._raise_if_fatal(error)
-            raise CaptionerError(
-                f"caption server {self._url} does not say which models it has: set captions.server_model"
-            ) from error
-        if len(models) != 1:
-            raise CaptionerError(f"caption server {self._url} has the models {models}: choose captions.server_model")
-        return models[0]
-
-    def _raise_if_fatal(self, error: Any) -> None:
-        status = getattr(error, "status_code", None)
-        if status in _FATAL:
-            name = self._config.api_key_env
-            hint = f"; the key is read from ${name}" + ("" if os.environ.get(name) else ", which is not set")
-            hint = hint if status in (401, 403) else ""
-            raise CaptionerError(f"caption server {self._url}: {_complaint(error)}{hint}") from error
-        if type(error.__cause__).__name__ == "ConnectError":  # of httpx or httpx2, as the client's version has it
-            raise CaptionerError(f"caption server {self._url} cannot be reached: {error.__cause__}") from error
 
 
 class VlmCaptioner:
@@ -292,13 +258,6 @@ class VlmCaptioner:
 
 def _checked(text: str, sample: Sample) -> str | BadSample:
     return text.strip() or BadSample("empty caption", sample.key, "the model wrote nothing")
-
-
-def _complaint(error: Any) -> str:
-    """Status and text of a server's answer, or what happened instead of one."""
-    response = getattr(error, "response", None)
-    said = str(error) if response is None else f"status {response.status_code}: {response.text}"
-    return " ".join(said.split())[:300]
 
 
 def _one_line(error: Exception) -> str:

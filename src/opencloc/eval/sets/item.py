@@ -71,6 +71,10 @@ class Item:
     segment_ids: tuple[int, ...] = ()  # R: the segment of each box in it
     pairs: tuple[tuple[str, str, str], ...] = ()  # of the whole image: (category, true text, false text)
     claims: tuple[tuple[str, bool], ...] = ()  # of the whole image: (text, whether it is true)
+    questions: tuple[str, ...] = ()  # to be answered in words
+    answers: tuple[str, ...] = ()  # for each question the right answer, or the one to compare with
+    question_ids: tuple[int, ...] = ()  # for each question its number in the set's own files, if it has any
+    context: str = ""  # what a judge of the answers is told of the image
     skipped: Skipped = field(default_factory=Counter)  # of this image
 
 

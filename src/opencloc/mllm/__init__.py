@@ -1,0 +1,1 @@
+"""CLOC in multimodal language models: a LLaVA whose questions can point at regions."""

@@ -1,0 +1,67 @@
+"""The study of multimodal models at a tiny size, from encoders to the report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import mllm_study, mllm_study_report
+
+
+@pytest.mark.slow
+def test_study_runs_from_encoders_to_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`benchmarks.mllm_study` arm by arm, then `benchmarks.mllm_study_report`."""
+    runs = tmp_path / "runs"
+    size = ["--steps", "3", "--num-images", "4", "--device", "cpu"]
+    names = ("encoder_cloc", "encoder_clip", "encoder_clip_long", "no_image", "cloc_prompter")
+    for name in names:
+        monkeypatch.setattr(sys, "argv", ["mllm_study", "--out", str(runs), "--run", name, "0", *size])
+        mllm_study.main()
+        result = json.loads((runs / f"{name}-0" / "result.json").read_text())
+        assert result["arm"] == name
+        if name.startswith("encoder_"):
+            assert (runs / result["model"] / "config.json").exists()
+        else:
+            assert {"refer", "ground", "exists", "caption recall"} <= result["third"].keys() & result["final"].keys()
+            assert all(0 <= value <= 1 for value in result["final"].values())
+    command = [sys.executable, "-m", "benchmarks.mllm_study", "--out", str(runs), "--only", "no_image", "--seeds", "0"]
+    again = subprocess.run([*command, *size], capture_output=True, text=True, check=True)
+    assert again.stdout.startswith("0 runs to do")
+    monkeypatch.setattr(sys, "argv", ["mllm_study_report", "--runs", str(runs), "--out", str(tmp_path / "results")])
+    mllm_study_report.main()
+    page = (tmp_path / "results" / "README.md").read_text()
+    assert "CLOC + Prompter" in page
+    assert "no image" in page
+    assert (tmp_path / "results" / "scores.svg").stat().st_size > 1000
+
+
+def test_every_arm_stands_on_an_encoder_that_comes_before_it() -> None:
+    seen: set[str] = set()
+    for arm in mllm_study.arms():
+        assert set(arm.needs) <= seen
+        seen.add(arm.name)
+
+
+def test_words_of_the_study_are_all_in_its_vocabulary(tmp_path: Path) -> None:
+    """A word that is none would be learned as unknown: no question or answer may have one."""
+    import random
+
+    from transformers import AutoTokenizer
+
+    from opencloc.mllm.boxes_text import box_text
+    from opencloc.mllm.conversation import PLACEHOLDER
+    from opencloc.mllm.readers import Asked, open_conversations
+
+    tokenizer = AutoTokenizer.from_pretrained(mllm_study.language_model(tmp_path / "llm", 0))
+    asked = Asked(open_conversations(f"{mllm_study.WORLD}&seed=5", image_px=32), mllm_study.QUESTIONS)
+    for number in range(100):
+        for turn in asked.conversation(number, random.Random(number)).turns:
+            ids = tokenizer(PLACEHOLDER.sub("", turn.text))["input_ids"]
+            assert tokenizer.unk_token_id not in ids, turn.text
+    box = tokenizer(box_text([0.1, 0.2, 0.55, 0.9], mllm_study.COORDINATE_STEPS))["input_ids"]
+    assert len(box) == 9
+    assert tokenizer.unk_token_id not in box
