@@ -8,8 +8,8 @@ A run is a variant with a seed.  It trains (resuming where it was stopped), scor
 final model, and leaves `OUT/VARIANT-SEED/result.json`, which is written last.  Runs with a result are skipped.
 `study_report.py` makes tables and pictures of the results.
 
-Learning rates are chosen by one rule: each of `TUNED` is trained with each of `LEARNING_RATES` on a seed that no table
-shows, the best region mAcc (mean over the sets) decides, and every variant takes the rate of the method that it is a form of.
+Learning rates are chosen by one rule.  Each of `TUNED` is trained with each of `LEARNING_RATES` on a seed that no table
+shows.  The best region mAcc (mean over the sets) decides, and a variant takes the rate of the method it is a form of.
 
 Costs are CPU seconds per step, one thread, loader included, which do not grow when other programs compete for the
 cores.  They are measured side by side before the runs that depend on them, whatever device those are on.
