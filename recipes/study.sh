@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The study: what each part of CLOC contributes, on generated scenes.  26 variants, 3 seeds, two runs at a time: some two
-# and a half hours on two free cores.  Run again to go on; Ctrl-C loses at most the steps since a checkpoint.
+# The study: what each part of CLOC contributes, on generated scenes, five seeds, two runs at a time.  Run again to go on;
+# Ctrl-C loses at most the steps since a checkpoint.
 #   OUT  folder of the runs   RESULTS  folder of tables and plots     Extra arguments go to benchmarks/study.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
