@@ -1,4 +1,4 @@
-"""Verbs from data to a published model: train, eval, label, export, interpolate, card, push."""
+"""Verbs from data to a published model: train, eval, label, export, card, push."""
 
 from __future__ import annotations
 
@@ -115,18 +115,6 @@ def export(arguments: list[str]) -> None:
     model = ClocModel.from_pretrained(config.model)
     print(export_clip(model, ClocProcessor.from_pretrained(config.model), config.out))
     print(f"The towers of {config.model} as a plain {type(model.clip).__name__}; its README says how to use it.")
-
-
-def interpolate(arguments: list[str]) -> None:
-    """Write the checkpoint between a fine-tuned model and its start (WiSE-FT)"""
-    from transformers.utils.logging import disable_progress_bar
-
-    from opencloc.model.interpolate import InterpolateConfig, write_interpolated
-
-    config = parse(InterpolateConfig, arguments, "interpolate")
-    disable_progress_bar()  # transformers' own
-    print(write_interpolated(config))
-    print(f"{100 * config.share:g} % of the way from {config.start} to {config.model}")
 
 
 def card(arguments: list[str]) -> None:
