@@ -6,9 +6,8 @@
 
 Boxes are normalised to the letterboxed square that the model sees.
 
-Symbols: B images, M regions (or P prompts) per image, U distinct region texts, N patches, T tokens of a caption, W of
-a region text, D width of the vision tower, E width of the joint embedding, S side of the square in pixels, K patches
-kept in training.
+Symbols: B images, M regions or P prompts per image, U region texts, N patches, T tokens of a caption, W of a region
+text, D width of the vision tower, E of the joint embedding, S side of the square in pixels, K patches kept in training.
 """
 
 from __future__ import annotations
@@ -90,13 +89,12 @@ class ClocModel(PreTrainedModel):
         self._towers_given = towers_model is not None
         self.clip: Any = AutoModel.from_config(clip) if towers_model is None else towers_model
         if towers_model is not None:
-            towers.keep_weights(towers_model)
-            # the base class has just reset the choice in the configuration they share
+            towers.keep_weights(towers_model)  # and, since the base class has just reset the shared configuration:
             towers_model.set_attn_implementation(config._attn_implementation or "sdpa")
         kind = PROMPTERS[config.prompter]
         is_dense = config.box_head == "dense" and kind.has_patch_embeddings
-        text_tokens = kind.has_text_prompts and not is_dense
-        self.prompt_encoder = PromptEncoder(width, self.embed_dim, self.grid, text_tokens=text_tokens)
+        as_tokens = kind.has_text_prompts and not is_dense
+        self.prompt_encoder = PromptEncoder(width, self.embed_dim, self.grid, text_tokens=as_tokens)
         options = {name: self.clip if name == "clip" else getattr(config, name) for name in kind.options}
         self.prompter: Prompter = kind(width, self.embed_dim, self.grid, **options)
         self.box_head: nn.Module | None = None
