@@ -35,17 +35,22 @@ from opencloc.model import open_clip, towers
 # What older versions of transformers saved although it is computed: no sign of a wrong checkpoint.
 _COMPUTED = re.compile(r"(^|\.)embeddings\.position_ids$")
 _STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)  # what is no fault of a file
+PRETRAINED = Path(__file__).parents[1] / "pretrained"  # models that come with the package (recipes/package_tiny.sh)
+PACKAGED = ("tiny",)
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 
 
 def model_path(path: str | Path) -> str:
     """`path` as transformers takes it: a folder that is there, or a hub id `ORGANISATION/NAME`.
 
+    `tiny` is the model in the package; where something of that name lies in the working directory, that is meant.
     Raises FileNotFoundError for anything else, without asking the hub: `runs/model` is taken for a folder where `runs`
     is one.
     """
     if Path(path).is_dir():
         return str(path)
+    if str(path) in PACKAGED and not Path(path).exists():
+        return str(PRETRAINED / str(path))
     is_id = isinstance(path, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) is not None
     if is_id and not Path(str(path).split("/")[0]).exists():
         return str(path)
