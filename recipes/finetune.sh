@@ -6,7 +6,7 @@
 # Arguments other than --push REPO go to the training: --batch-size 1024 --optim.lr-factors.towers 0 (frozen towers) ...
 #   START  folder or hub id of a CLIP, SigLIP or SigLIP 2   GRIT  img2dataset's tars   COCO  train2017/, annotations/, ...
 #   LVIS, REFER  as `opencloc eval` takes them (none: not scored)   STEPS  of the training   OUT  folder of the run
-#   GPUS  more than 1: so many (torchrun)   LICENSE  of the weights   SHARE  less than 1: so far from the start only (WiSE-FT)
+#   GPUS  more than 1: so many (torchrun)   LICENSE  of the weights
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/facts.sh
@@ -15,7 +15,6 @@ grit=${GRIT:?folder of the tars}
 coco=${COCO:?folder with train2017/ and annotations/}
 out=${OUT:-runs/finetune}
 steps=${STEPS:-5000}
-share=${SHARE:-1}
 opencloc=.venv/bin/opencloc
 
 repo= options=()
@@ -33,11 +32,6 @@ train=("$opencloc" train)
     --data.weights 0.8 0.2 --steps "$steps" --out "$out/run" ${options[@]+"${options[@]}"}
 
 model=$out/run/model
-if [[ $share != 1 ]]; then
-    model=$out/model
-    [[ -e $model ]] || "$opencloc" interpolate --start "$start" --model "$out/run/model" --share "$share" --out "$model"
-fi
-
 score() { # NAME TASK ... -- LOCATION ...
     local name=$1 tasks=()
     shift

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tuning as far as two cores go: pre-train `small` as a CLIP on the captions of flickr8k, then fine-tune it with
 # that set's regions, its towers frozen and not, three seeds each; score all on photos kept apart, with the CLIP before
-# (regions by crops, and by its own pooling) and half way back to it (WiSE-FT).  About 20 minutes of a core with the
-# default steps.  Run again to resume.  Extra arguments go to the fine-tunings.
+# (regions by crops, and by its own pooling).  About 20 minutes of a core with the default steps.  Run again to resume.  Extra arguments go to the fine-tunings.
 #   OPENCLOC_DATA  folder with flickr8k/ and coco740/   OUT  folder of the runs   SEEDS  of the fine-tunings
 #   PRETRAIN_STEPS, STEPS  of the two trainings   LR  of the fresh parts   TOWERS  factor of the unfrozen towers
 set -euo pipefail
@@ -28,10 +27,7 @@ models=("before=$out/clip/model@crop" "before_pool=$out/clip/model@pool")
 for seed in ${SEEDS:-0 1 2}; do
     finetune frozen 0 "$seed" "$@"
     finetune unfrozen "${TOWERS:-0.1}" "$seed" "$@"
-    [[ -e $out/half-$seed ]] || $opencloc interpolate --start "$out/clip/model" --model "$out/unfrozen-$seed/model" \
-        --share 0.5 --out "$out/half-$seed"
     models+=("frozen-$seed=$out/frozen-$seed/model" "unfrozen-$seed=$out/unfrozen-$seed/model")
-    models+=("half-$seed=$out/half-$seed")
 done
 $opencloc eval --data "shards:$data/flickr8k/val" --out "$out/flickr8k" --num-pictures 0 --model "${models[@]}"
 $opencloc eval --data "coco:$data/coco740?split=test" --out "$out/coco740" --num-pictures 0 --model "${models[@]}"

@@ -302,3 +302,14 @@ def test_a_temperature_at_its_bound_can_come_down(tower_config: Callable[[str], 
         torch.testing.assert_close(parameter.grad, scale)
     model.bound_scales()
     assert parameter.item() == pytest.approx(4.60517)
+
+
+def test_the_towers_of_a_clip_baseline_take_any_prompter(cloc: Path, tmp_path: Path) -> None:
+    baseline = ClocModel.from_pretrained(cloc)
+    baseline.config.regions_trained = False
+    baseline.save_pretrained(tmp_path / "baseline")
+    for prompter in ("cross", "roi", "pool_cross"):
+        model = ClocModel.from_clip(tmp_path / "baseline", prompter=prompter)
+        assert model.config.prompter == prompter
+        for name, weight in model.clip.state_dict().items():
+            assert torch.equal(weight, baseline.clip.state_dict()[name]), name

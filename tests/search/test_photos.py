@@ -61,7 +61,7 @@ def test_tars_and_endless_sources_are_read_by_number(tmp_path: Path) -> None:
     write_tars(tmp_path, [2, 3])
     listing = list_photos(str(tmp_path))
     assert [os.path.relpath(entry.path, tmp_path) for entry in listing.entries][:3] == [
-        "00000.tar/000", "00000.tar/001", "00001.tar/000",
+        "0.tar/000", "0.tar/001", "1.tar/000",
     ]  # fmt: skip
     reds = [read_photo(listing.source, entry).image.getpixel((0, 0)) for entry in listing.entries]
     assert reds == [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0), (1, 2, 0)]

@@ -77,7 +77,6 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "mllm chat": mllm.chat,
     "mllm eval": mllm.evaluate,
     "mllm export": mllm.export,
-    "interpolate": training.interpolate,
     "card": training.card,
     "push": training.push_folder,
     "data scenes": data.scenes,

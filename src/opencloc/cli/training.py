@@ -1,4 +1,4 @@
-"""Verbs from data to a published model: train, eval, label, export, interpolate, card, push."""
+"""Verbs from data to a published model: train, eval, label, export, card, push."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from opencloc.cli.arguments import HELP, group, parse, together
 
@@ -76,40 +77,44 @@ def label(arguments: list[str]) -> int:
 
 
 def export(arguments: list[str]) -> None:
-    """Write a model's towers as a plain CLIP checkpoint, for LLaVA, Ferret and others"""
+    """Write a model for other programs: a plain CLIP checkpoint (LLaVA, Ferret, ...), or ONNX graphs"""
     from transformers.utils.logging import disable_progress_bar
 
     from opencloc.model.cloc import ClocModel
     from opencloc.model.export import check_apart, export_clip
+    from opencloc.model.loading import model_path
+    from opencloc.model.predictor import Predictor
     from opencloc.model.processor import ClocProcessor
 
     @dataclass(frozen=True, kw_only=True)
     class Export:
-        """The towers of a CLOC checkpoint as a folder that transformers loads as CLIPModel or CLIPVisionModel."""
+        """A model as a folder for other programs."""
 
         model: str
-        """Folder of the CLOC checkpoint."""
+        """Folder of the CLOC checkpoint; for onnx any CLIP, SigLIP or SigLIP 2 too, whose pooling embeds regions."""
         out: str
         """Folder to write.  An earlier export of that name is replaced, anything else refused."""
+        format: Literal["clip", "onnx"] = "clip"
+        """`clip`: the towers, as transformers loads them by CLIPModel or CLIPVisionModel.  `onnx`: everything as graphs
+        for onnxruntime, with an example that needs no torch."""
+        int8: bool = False
+        """With `onnx`: 8-bit weights, a quarter of the size, for some loss."""
 
     config = parse(Export, arguments, "export")
+    if config.int8 and config.format != "onnx":
+        raise ValueError("--int8 goes with --format onnx")
     disable_progress_bar()  # transformers' own
-    check_apart(config.model, config.out)
+    check_apart(model_path(config.model), config.out)
+    if config.format == "onnx":
+        from opencloc.model.onnx import OPSET, export_onnx
+
+        predictor = Predictor.from_pretrained(config.model)
+        print(export_onnx(predictor.model, predictor.processor, config.out, int8=config.int8))
+        print(f"{config.model} as ONNX, opset {OPSET}; its README and opencloc_onnx.py say how to use it.")
+        return
     model = ClocModel.from_pretrained(config.model)
     print(export_clip(model, ClocProcessor.from_pretrained(config.model), config.out))
     print(f"The towers of {config.model} as a plain {type(model.clip).__name__}; its README says how to use it.")
-
-
-def interpolate(arguments: list[str]) -> None:
-    """Write the checkpoint between a fine-tuned model and its start (WiSE-FT)"""
-    from transformers.utils.logging import disable_progress_bar
-
-    from opencloc.model.interpolate import InterpolateConfig, write_interpolated
-
-    config = parse(InterpolateConfig, arguments, "interpolate")
-    disable_progress_bar()  # transformers' own
-    print(write_interpolated(config))
-    print(f"{100 * config.share:g} % of the way from {config.start} to {config.model}")
 
 
 def card(arguments: list[str]) -> None:

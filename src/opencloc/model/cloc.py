@@ -186,16 +186,20 @@ class ClocModel(PreTrainedModel):
     def from_clip(cls, path: str | Path, **region_config: Any) -> ClocModel:
         """Fresh region parts on the weights of a CLIP, SigLIP or SigLIP 2 checkpoint (a folder or hub id).
 
+        The towers of a CLOC checkpoint serve too if its region parts were never trained (the CLIP baseline).
         `region_config`: fields of `ClocConfig` but `clip_config`.  `pool` and `pool_cross` embed regions at once, the
         other Prompters and the box head have to be trained first.  Raises ValueError for any other kind of model, and
         as `from_pretrained` does.
         """
         config = loading.load_config(path)
         if config.model_type == "cloc":
-            raise ValueError(f"{path} is a CLOC checkpoint already: load it with ClocModel.from_pretrained")
-        with loading.naming(path):
-            towers.check_family(config)
-        clip = loading.load_model(AutoModel, path)
+            if config.regions_trained:
+                raise ValueError(f"{path} is a CLOC checkpoint already: load it with ClocModel.from_pretrained")
+            clip = loading.load_model(cls, path).clip
+        else:
+            with loading.naming(path):
+                towers.check_family(config)
+            clip = loading.load_model(AutoModel, path)
         pools = region_config.get("prompter") in ("pool", "pool_cross")
         region_config = {"regions_trained": pools, "grounding_trained": False} | region_config
         model = cls(ClocConfig(clip_config=clip.config, **region_config), towers_model=clip)

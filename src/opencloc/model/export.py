@@ -34,7 +34,7 @@ def export_clip(model: ClocModel, processor: ClocProcessor, folder: str | Path) 
     with files.new_folder(folder) as partial:
         model.clip.save_pretrained(partial)
         _complete_config(partial / "config.json")
-        _save_tokenizer(processor, partial)
+        save_exported_tokenizer(processor, partial)
         for name, content in _image_processor(model.config.clip_config, processor).items():
             files.write_json(partial / name, content)
         files.write_text(partial / "README.md", _readme(model.config.clip_config, processor))
@@ -49,7 +49,7 @@ def check_apart(model: str | Path, out: str | Path) -> None:
 
 
 def may_be_replaced(folder: Path) -> bool:
-    """Whether nothing but an earlier export has the name."""
+    """Whether a path is an empty folder or an export of ours."""
     if not folder.is_dir():
         return False
     readme = folder / "README.md"
@@ -66,7 +66,7 @@ def _complete_config(file: Path) -> None:
     files.write_json(file, config)
 
 
-def _save_tokenizer(processor: ClocProcessor, folder: Path) -> None:
+def save_exported_tokenizer(processor: ClocProcessor, folder: Path) -> None:
     """The tokenizer with the canonical form of texts built in, so that it makes of a text what training made of it."""
     save_tokenizer(processor.tokenizer, folder, processor.max_text_length)
     file = str(folder / "tokenizer.json")

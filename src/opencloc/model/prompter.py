@@ -394,5 +394,8 @@ def masked_mean(x: Float[Tensor, "*S K D"], valid: Tensor) -> Float[Tensor, "*S 
 
 
 def _few(rows: Float[Tensor, "B H Q X"], memory: Float[Tensor, "B N D"]) -> bool:
-    """Whether projecting the rows on the prompts' side costs less than projecting every image token."""
-    return 2 * rows.shape[2] <= memory.shape[1]
+    """Whether projecting the rows on the prompts' side costs less than projecting every image token.
+
+    An exported graph takes any number of prompts and cannot choose.
+    """
+    return not torch.compiler.is_exporting() and 2 * rows.shape[2] <= memory.shape[1]

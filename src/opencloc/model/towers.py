@@ -106,7 +106,7 @@ def _vision_forward(
         return out.pooler_output, out.last_hidden_state
     rows, columns = patch_grid(towers.config)
     patches = patchify(pixels, towers.config.vision_config.patch_size)
-    shapes = torch.tensor([[rows, columns]] * len(pixels))
+    shapes = torch.tensor([[rows, columns]]).expand(pixels.shape[0], -1)
     mask = torch.ones((patches if kept is None else kept).shape[:2], dtype=torch.int32, device=pixels.device)
     out = towers.vision_model(pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes)
     return out.pooler_output, out.last_hidden_state

@@ -80,13 +80,14 @@ def _build(
     }
     region |= {"regions_trained": False, "grounding_trained": False}  # `build_model` knows what the loss trains
     if model_config.init_from is not None:
-        kind = load_config(model_config.init_from).model_type
-        if kind == "cloc":
+        theirs = load_config(model_config.init_from)
+        is_cloc = theirs.model_type == "cloc"
+        opened = ClocProcessor.from_pretrained if is_cloc else ClocProcessor.from_clip
+        processor = opened(model_config.init_from)
+        if is_cloc and theirs.regions_trained:
             _check_region_parts(model_config, region)
-            processor = ClocProcessor.from_pretrained(model_config.init_from)
             model = ClocModel.from_pretrained(model_config.init_from)
         else:
-            processor = ClocProcessor.from_clip(model_config.init_from)
             model = ClocModel.from_clip(model_config.init_from, **region)
         if model_config.image_size is None:
             return model, processor

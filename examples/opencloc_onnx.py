@@ -1,0 +1,1 @@
+../src/opencloc/model/opencloc_onnx.py
