@@ -44,6 +44,7 @@ class Line:
     variant: Variant
     way: str
     runs: list[dict[str, Any]]  # one per seed
+    cost: float | None  # CPU seconds of a step, where they were measured
 
     @property
     def title(self) -> str:
@@ -61,11 +62,14 @@ class Line:
 
 def read_lines(runs: Path) -> list[Line]:
     """The rows of the table for which there is at least one run."""
+    costs = json.loads(path.read_text()) if (path := runs / "costs.json").exists() else {}
     lines = []
     for variant in variants():
+        method = max((name for name in costs if variant.name.startswith(name)), key=len, default=None)
         results = [json.loads(path.read_text()) for path in sorted(runs.glob(f"{variant.name}-[0-9]*/result.json"))]
         ways = dict.fromkeys(way for result in results for way in result["final"])
-        lines += [Line(variant=variant, way=way, runs=results) for way in ways]
+        cost = costs[method] if method is not None and variant.group not in ("start", "ablation", "labels") else None
+        lines += [Line(variant=variant, way=way, runs=results, cost=cost) for way in ways]
     return lines
 
 
@@ -74,7 +78,7 @@ def table(lines: Sequence[Line]) -> str:
     is taken seed by seed.
     """
     head = ["", *(heading for heading, _, _ in COLUMNS), "mAcc less cross", "CPU s per step", "steps", "seeds"]
-    cross = {line.variant.noise: line for line in lines if line.variant.name.startswith("cross")}
+    cross = {(line.variant.world, line.variant.noise): line for line in lines if line.variant.name.startswith("cross")}
     rows = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     group = ""
     for line in lines:
@@ -82,11 +86,11 @@ def table(lines: Sequence[Line]) -> str:
             group = line.variant.group
             rows.append(f"| **{group}** |" + " |" * (len(head) - 1))
         cells = [line.title, *(spread(line.values(where, score)) for _, where, score in COLUMNS)]
-        against = cross.get(line.variant.noise)
+        against = cross.get((line.variant.world, line.variant.noise))
         cells.append("" if against in (None, line) else spread(paired_differences(line, against), sign="+"))
-        cost = cost_per_step(line)
+        cost = "–" if line.cost is None else f"{line.cost:.2f}"
         steps = "/".join(dict.fromkeys(str(run["steps"]) for run in line.runs))
-        rows.append("| " + " | ".join([*cells, f"{cost:.2f}", steps, str(len(line.runs))]) + " |")
+        rows.append("| " + " | ".join([*cells, cost, steps, str(len(line.runs))]) + " |")
     return "\n".join(rows) + "\n"
 
 
@@ -149,18 +153,17 @@ def curve(line: Line) -> tuple[list[int], list[float]]:
     return sorted(points), [statistics.fmean(points[step]) for step in sorted(points)]
 
 
-def cost_per_step(line: Line) -> float:
-    return statistics.median(run["cpu_seconds_per_step"] for run in line.runs)
-
-
 def catch_up(fast: Line, slow: Line) -> float | None:
-    """CPU time at which `fast` has the final score of `slow`, as a share of that one's; None if it never has."""
+    """CPU time at which `fast` has the final score of `slow`, as a share of that one's; None if it never has, and where
+    no costs were measured."""
+    if fast.cost is None or slow.cost is None:
+        return None
     target = curve(slow)[1][-1]
     steps, scores = curve(fast)
     reached = next((step for step, value in zip(steps, scores, strict=True) if value >= target), None)
     if reached is None:
         return None
-    return reached * cost_per_step(fast) / (curve(slow)[0][-1] * cost_per_step(slow))
+    return reached * fast.cost / (curve(slow)[0][-1] * slow.cost)
 
 
 def draw_curves(lines: Sequence[Line], path: Path) -> None:
@@ -175,7 +178,8 @@ def draw_curves(lines: Sequence[Line], path: Path) -> None:
         steps, scores = curve(line)
         style = {"color": COLOURS[name], "marker": "o", "markersize": 3, "label": line.title}
         by_steps.plot(steps, [100 * s for s in scores], **style)
-        by_time.plot([s * cost_per_step(line) for s in steps], [100 * s for s in scores], **style)
+        if line.cost is not None:
+            by_time.plot([s * line.cost for s in steps], [100 * s for s in scores], **style)
         levels = [first.get(name if noise == "noisy" else f"{name}_{noise.replace(' ', '_')}") for noise in NOISE]
         scores_by_noise = {
             n: level.mean("seen", "region_macc") for n, level in zip(NOISE, levels, strict=True) if level

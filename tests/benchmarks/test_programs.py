@@ -318,6 +318,11 @@ def test_study_trains_on_labels_that_it_made_and_study_report_shows_the_result(
     runs = tmp_path / "study"
     runs.mkdir()
     study.make_labels(runs, workers=0)
+    scores = {name: {"region_macc": 0.5} for name in study.SETS}
+    for rate in study.LEARNING_RATES:  # as if they had been tried
+        tried = runs / f"cross_lr{rate:g}-{study.TUNING_SEED}"
+        tried.mkdir()
+        (tried / "result.json").write_text(json.dumps({"final": {"prompter": scores}}))
     for variant in ("vesl", "cross"):
         run("study", "--run", variant, 0, "--steps", 1)
     out = run("study_report", "--runs", runs)

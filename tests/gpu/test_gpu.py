@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -22,8 +23,10 @@ from opencloc.contrastive import info_nce
 from opencloc.data.batch import Batch
 from opencloc.data.sources.spec import open_source
 from opencloc.data.stream import TrainingExamples, training_batches
+from opencloc.eval.encoders import ENCODERS, load_encoder
 from opencloc.model.cloc import ClocConfig, ClocModel
 from opencloc.model.predictor import Predictor
+from opencloc.model.processor import ClocProcessor
 from opencloc.model.prompter import PROMPTERS
 from opencloc.train import loop
 from opencloc.train.build import apply_options, build_model
@@ -64,6 +67,20 @@ def one_batch(run: TrainConfig, processor: Any, size: int, device: torch.device)
     examples = TrainingExamples([source], (), num_regions=3, image_size=32, seed=0)
     (batch,) = training_batches(examples, processor, batch_size=size, start=0, stop=1, num_workers=0, device=device)
     return batch
+
+
+def test_every_way_to_embed_regions_sees_the_same_image(
+    gpu: torch.device, tower_config: Callable[[str], Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    model = random_model(tower_config).eval()
+    model.save_pretrained(tmp_path)
+    ClocProcessor.for_towers(model.config.clip_config, tokenizer).save_pretrained(tmp_path)
+    images = [Image.effect_noise((40, 30), 90).convert("RGB")]
+    with torch.no_grad():
+        expected = load_encoder(tmp_path, "prompter").encode_images(images).embedding
+        for way in ENCODERS:
+            got = load_encoder(tmp_path, way, device=gpu).encode_images(images).embedding
+            close(got, expected, 1e-4, way)
 
 
 # -- the model and the losses ----------------------------------------------------------------------------------------

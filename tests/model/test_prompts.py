@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from opencloc.model.prompts import (
@@ -51,12 +51,11 @@ def test_box_penalty_equals_a_slow_loop(box: tuple[float, float, float, float]) 
     shares = [
         area((max(c[0], box[0]), max(c[1], box[1]), min(c[2], box[2]), min(c[3], box[3]))) * len(cells) for c in cells
     ]
+    assume(not any(1e-9 < share < 1e-4 for share in shares))  # float32 may see shares of no size or not
     covered = [n for n, share in enumerate(shares) if share > 1e-9]
     got = box_penalty(torch.tensor(box), GRID)
     for n, share in enumerate(shares):
         away = min(math.hypot(n % GRID[1] - m % GRID[1], n // GRID[1] - m // GRID[1]) for m in covered)
-        if n not in covered and share > 0:
-            continue  # a share of no size to speak of: float32 may see it or not
         expected = -math.log(max(share / max(shares), 0.01)) + (0 if n in covered else math.exp(1.5) * away)
         assert got[n].item() == pytest.approx(expected, abs=1e-2, rel=1e-3)
 

@@ -89,7 +89,9 @@ class ClocModel(PreTrainedModel):
         width = clip.vision_config.hidden_size
         self._towers_given = towers_model is not None
         self.clip: Any = AutoModel.from_config(clip) if towers_model is None else towers_model
-        if towers_model is not None:  # the base class has just reset the choice in the configuration they share
+        if towers_model is not None:
+            towers.keep_weights(towers_model)
+            # the base class has just reset the choice in the configuration they share
             towers_model.set_attn_implementation(config._attn_implementation or "sdpa")
         kind = PROMPTERS[config.prompter]
         is_dense = config.box_head == "dense" and kind.has_patch_embeddings

@@ -207,3 +207,9 @@ def pool(towers: Any, tokens: Float[Tensor, "B L D"], bias: Float[Tensor, "B P N
 def position_table(towers: Any) -> tuple[torch.nn.Embedding, int]:
     """(position embedding of the vision tower, how many rows come before the patches)."""
     return towers.vision_model.embeddings.position_embedding, 1 if towers.config.model_type == "clip" else 0
+
+
+def keep_weights(towers: Any) -> None:
+    """Keeps transformers from drawing the weights anew, which it does to a module that does not say it has them."""
+    for module in towers.modules():
+        module._is_hf_initialized = True
