@@ -35,7 +35,7 @@ NOISE = 1 / 3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", default="tiny")
     parser.add_argument("--num-images", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="regions")
@@ -185,7 +185,7 @@ def with_numpy(vectors: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 def with_lancedb(vectors: np.ndarray, folder: str, *, index: bool) -> Callable[[np.ndarray], np.ndarray]:
     """The table of regions as a library has it, asked as a library does."""
     from opencloc.search import store as store_module
-    from opencloc.search.query import CANDIDATES
+    from opencloc.search.query import CANDIDATES, PROBES
     from opencloc.search.regions import Regions
     from opencloc.search.store import Settings, make_store
 
@@ -203,7 +203,7 @@ def with_lancedb(vectors: np.ndarray, folder: str, *, index: bool) -> Callable[[
     def search(query: np.ndarray) -> np.ndarray:
         asked = store.regions.search(query, vector_column_name="vector").distance_type("cosine")
         asked = asked.select(["photo", "number", "box", "_distance"]).limit(TOP)
-        asked = asked.ef(max(64, CANDIDATES * TOP)).refine_factor(CANDIDATES) if index else asked.bypass_vector_index()
+        asked = asked.nprobes(PROBES).refine_factor(CANDIDATES) if index else asked.bypass_vector_index()
         return asked.to_arrow()["photo"].to_numpy()
 
     return search

@@ -44,17 +44,11 @@ class AppConfig(Strict):
     index: str | None = None
     """A library that `opencloc index` made, for the tab Library."""
     model: str | None = None
-    """Folder or hub id of a model; none: the library's own."""
+    """Folder or hub id of a model; none: the library's own, without a library the packaged `tiny`."""
     port: Annotated[int, Field(ge=0, le=65535)] = 7860
     """Port; 0: any that is free."""
     device: str = "auto"
     """cpu, cuda, cuda:NUMBER or auto."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.index is None and self.model is None:
-            raise ValueError("name an index or a --model")
-
 
 def run_app(config: AppConfig) -> None:
     """Serves the page until Ctrl-C, and prints its address.  Raises as `Library.open` and `opencloc.load`."""
@@ -74,7 +68,7 @@ def start_app(config: AppConfig) -> tuple[str, Callable[[], None], Callable[[], 
     """
     gradio = _gradio()
     library = None if config.index is None else Library.open(config.index, model=config.model, device=config.device)
-    model = library.predictor if library is not None else load_predictor(str(config.model), config.device)
+    model = library.predictor if library is not None else load_predictor(config.model or "tiny", config.device)
     page = build(gradio, Desk(model, library), _title(config))
     theme = gradio.themes.Default(font=FONT, font_mono=FONT)
     with warnings.catch_warnings():

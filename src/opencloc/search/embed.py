@@ -40,8 +40,8 @@ class EmbedConfig(Strict):
     """The images: a folder, tars, or any KIND:LOCATION?key=value."""
     out: str
     """The Parquet file."""
-    model: str
-    """Folder or hub id of a CLOC, CLIP, SigLIP or SigLIP 2 checkpoint."""
+    model: str = "tiny"
+    """Folder or hub id of a CLOC, CLIP, SigLIP or SigLIP 2 checkpoint; `tiny` comes with the package."""
     regions: Literal["own", "grid", "none"] = "own"
     """The source's own regions with their texts, the grid of `opencloc index`, or images alone."""
     dtype: Literal["float32", "float16"] = "float32"

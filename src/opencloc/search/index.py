@@ -46,8 +46,8 @@ class IndexConfig(Strict):
     """Folders of photos, tars, or any KIND:LOCATION?key=value."""
     out: str
     """The index: a folder, or a URL such as s3://bucket/index.  One that is there is brought up to date."""
-    model: str
-    """Folder or hub id of a CLOC, CLIP, SigLIP or SigLIP 2 checkpoint."""
+    model: str = "tiny"
+    """Folder or hub id of a CLOC, CLIP, SigLIP or SigLIP 2 checkpoint; `tiny` comes with the package."""
     regions: RegionKind = "grid"
     """The whole photo and a grid of a few hundred boxes, the whole photo alone, or a detector's boxes."""
     detector: str | None = None

@@ -30,6 +30,7 @@ from opencloc.texts import canonical
 
 MOST_IDS = 1000  # photos of a filter that are named to the data base; of more, its answers are filtered
 CANDIDATES = 2  # of the approximate index are compared exactly, for each region wanted
+PROBES = 50  # parts of the approximate index that are looked at: some 400,000 regions
 MOST_APPROXIMATE = 2000  # regions; whoever wants more at once gets them by comparing all
 FOUND = (
     0.4  # a text with a lower probability is not found; below 1/2, as a wrong photo is seen and a wrong "nothing" not
@@ -245,7 +246,7 @@ class Library:
             if exact or limit > MOST_APPROXIMATE:
                 search = search.bypass_vector_index()
             else:
-                search = search.ef(max(64, CANDIDATES * limit)).refine_factor(CANDIDATES)
+                search = search.nprobes(PROBES).refine_factor(CANDIDATES)
             rows = search.to_arrow().to_pylist()
             hits: list[dict[str, Any]] = []
             seen = set[int]()

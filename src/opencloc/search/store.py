@@ -113,9 +113,9 @@ class Store:
         """Joins small files, brings the vector index up to date or builds it where the library has become large."""
         with _naming(self.path):
             if self.regions.count_rows() >= APPROXIMATE_FROM and not self.approximate:
-                from lancedb.index import HnswSq
+                from lancedb.index import IvfSq  # seconds to build where a graph (HNSW) or PQ takes many minutes
 
-                self.regions.create_index("vector", config=HnswSq(distance_type="cosine"))
+                self.regions.create_index("vector", config=IvfSq(distance_type="cosine"))
             for table in (self.photos, self.regions):
                 self._optimize(table)
 
