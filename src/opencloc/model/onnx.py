@@ -49,9 +49,10 @@ def export_onnx(model: ClocModel, processor: ClocProcessor, folder: str | Path, 
 
     `int8`: weights of linear layers as 8-bit integers, activations quantised as they come (onnxruntime's dynamic
     quantisation).  An older export of that name is replaced.  Raises ValueError where the name holds anything else and
-    where the model's Prompter was never trained, ImportError without the extra `onnx`.
+    where the model's Prompter was never trained, and without the extra `onnx`.
     """
     _check_installed(int8)
+    model._check_trained()
     folder = Path(folder)
     if folder.exists() and not may_be_replaced(folder):
         raise ValueError(f"{folder} is there already and is no earlier export: it is not replaced")
@@ -279,7 +280,7 @@ def _check_installed(int8: bool) -> None:
         if int8:
             import onnxruntime.quantization  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"export to ONNX needs the extra onnx: pip install 'opencloc[onnx]' ({error})") from None
+        raise ValueError(f"export to ONNX needs the extra `onnx`: pip install 'opencloc[onnx]' ({error})") from error
 
 
 def _readme(model: ClocModel, names: Sequence[str], int8: bool) -> str:
