@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -324,3 +325,12 @@ def test_study_trains_on_labels_that_it_made_and_study_report_shows_the_result(
     assert "VESL: phrases of captions" in (out / "table.md").read_text()
     assert (out / "curves.png").exists()
     assert (out / "examples.png").exists()
+
+
+@pytest.mark.slow
+def test_onnx(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # checks of shapes would fix the graphs' sizes
+    found = json.loads((run("onnx", "--num-images", 2, "--rounds", 1) / "figures.json").read_text())["found"]
+    assert found["onnx fp32"]["top1"] == found["torch"]["top1"]
+    assert found["onnx fp32"]["largest difference to torch"] < 1e-4
