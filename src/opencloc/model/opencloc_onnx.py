@@ -164,8 +164,10 @@ class Model:
 
 def upright_rgb(image: str | Path | Image.Image) -> Image.Image:
     """The image as 8-bit RGB, turned upright by its EXIF orientation, transparency laid over white."""
-    photo = image if isinstance(image, Image.Image) else Image.open(image)
-    photo = ImageOps.exif_transpose(photo)
+    if not isinstance(image, Image.Image):
+        with Image.open(image) as file:
+            return upright_rgb(file)
+    photo = ImageOps.exif_transpose(image)
     if photo.mode in IMAGES_OF_16_BIT:
         return Image.fromarray((np.asarray(photo).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     if photo.has_transparency_data:
