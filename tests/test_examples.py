@@ -15,11 +15,9 @@ from examples.name_and_find import name_and_find, stacked
 from tests.test_docs import save_untrained
 
 ROOT = Path(__file__).parents[1]
-MODEL = "runs/quickstart/cloc/model"
 
 
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_untrained(tmp_path / MODEL)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for cell in json.loads((ROOT / "examples" / "regions.ipynb").read_text())["cells"]:

@@ -1,6 +1,6 @@
 """opencloc: contrastive localized language-image pre-training (CLOC, arXiv 2410.02746).
 
-    predictor = opencloc.load("runs/quickstart/cloc/model")
+    predictor = opencloc.load("tiny")
 
 Importing this is cheap: names are imported when they are first used, torch with them.
 """

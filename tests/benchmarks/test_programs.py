@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -370,3 +371,12 @@ def test_mllm_is_compared_with_plain_llava_of_the_same_size(run: Run) -> None:
     assert set(rates) == {"plain", "no regions", "roi", "points", "prompter"}
     assert rates["plain"]["train, time against plain"] == rates["plain"]["generate, time against plain"] == 1
     assert "| no regions |" in (out / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_onnx(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # checks of shapes would fix the graphs' sizes
+    found = json.loads((run("onnx", "--num-images", 2, "--rounds", 1) / "figures.json").read_text())["found"]
+    assert found["onnx fp32"]["top1"] == found["torch"]["top1"]
+    assert found["onnx fp32"]["largest difference to torch"] < 1e-4

@@ -5,7 +5,7 @@ gave.  `opencloc_onnx.py`, copied beside them, shows how they are used with onnx
 
 | file | inputs | outputs |
 |---|---|---|
-| `image_encoder.onnx` | `pixel_values` (B, 3, S, S) | `image_embedding` (B, E), FEATURES, `patch_embeddings` (B, N, E) |
+| `image_encoder.onnx` | `pixel_values` (B, 3, S, S) | `image_embedding` (B, E), FEATURES, `patch_embeddings` |
 | `text_encoder.onnx` | `input_ids` (U, T) | `text_embedding` (U, E) |
 | `prompter.onnx` | FEATURES, `prompts` (B, P, 4) | `region_embedding` (B, P, E) |
 | `box_head.onnx` | FEATURES, `text_embedding` (B, P, E) | `boxes` (B, P, 4) |
@@ -49,9 +49,10 @@ def export_onnx(model: ClocModel, processor: ClocProcessor, folder: str | Path, 
 
     `int8`: weights of linear layers as 8-bit integers, activations quantised as they come (onnxruntime's dynamic
     quantisation).  An older export of that name is replaced.  Raises ValueError where the name holds anything else and
-    where the model's Prompter was never trained, ImportError without the extra `onnx`.
+    where the model's Prompter was never trained, and without the extra `onnx`.
     """
     _check_installed(int8)
+    model._check_trained()
     folder = Path(folder)
     if folder.exists() and not may_be_replaced(folder):
         raise ValueError(f"{folder} is there already and is no earlier export: it is not replaced")
@@ -245,7 +246,7 @@ def _listed(features: ImageFeatures) -> list[Tensor]:
 def _exporting(model: ClocModel) -> Iterator[None]:
     """Makes the towers traceable for any batch, and keeps the exporter from printing."""
     vision = model.clip.vision_model.embeddings
-    if is_siglip2 := model.config.clip_config.model_type == "siglip2":
+    if is_siglip2 := model.clip.config.model_type == "siglip2":
         # transformers resizes the positions image by image; on our square grid there is nothing to resize
         vision.resize_positional_embeddings = lambda table, shapes, max_length: table.flatten(0, 1).expand(
             shapes.shape[0], max_length, -1
@@ -279,7 +280,7 @@ def _check_installed(int8: bool) -> None:
         if int8:
             import onnxruntime.quantization  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"export to ONNX needs the extra onnx: pip install 'opencloc[onnx]' ({error})") from None
+        raise ValueError(f"export to ONNX needs the extra `onnx`: pip install 'opencloc[onnx]' ({error})") from error
 
 
 def _readme(model: ClocModel, names: Sequence[str], int8: bool) -> str:

@@ -1,4 +1,6 @@
-"""Regions of photos with onnxruntime, numpy, tokenizers and Pillow alone: the folder of `opencloc export --format onnx`.
+"""Regions of photos without torch: the folder of `opencloc export --format onnx`.
+
+Needs onnxruntime, numpy, tokenizers and Pillow.
 
     python opencloc_onnx.py FOLDER photo.jpg --names dog cat --box 10 20 200 180
 
@@ -48,7 +50,7 @@ class EncodedImage:
 
 
 class Model:
-    """An exported model.  `providers` are onnxruntime's, e.g. CUDAExecutionProvider; `threads`: of the CPU, 0 for all."""
+    """An exported model.  `providers` are onnxruntime's, e.g. CUDAExecutionProvider; `threads` of the CPU, 0: all."""
 
     def __init__(
         self, folder: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",), threads: int = 0
@@ -117,7 +119,7 @@ class Model:
         logits = self.settings["region_scale"] * self.embed(image, boxes_px) @ texts.T
         weights = np.exp(logits - logits.max(-1, keepdims=True))
         probabilities = weights / weights.sum(-1, keepdims=True)
-        return [names[i] for i in probabilities.argmax(-1)], probabilities
+        return [names[int(i)] for i in probabilities.argmax(-1)], probabilities
 
     def ground(self, image: EncodedImage, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(box of each text in pixels (P, 4), score in [0, 1] that it is there at all (P,)).
@@ -150,7 +152,7 @@ class Model:
         side, (rows, columns) = self.settings["image_size"], self.settings["grid"]
         corners = image.to_square(np.array([[0, 0], image.size_px]))
         (x0, y0), (x1, y1) = (
-            (int(round(float(x) * side)) for x in corners[0]),
+            (round(float(x) * side) for x in corners[0]),
             (round(float(x) * side) for x in corners[1]),
         )
         heat = (self.embed_texts(texts) @ image.patches.T).reshape(-1, rows, columns)
@@ -167,8 +169,10 @@ class Model:
 
 def upright_rgb(image: str | Path | Image.Image) -> Image.Image:
     """The image as 8-bit RGB, turned upright by its EXIF orientation, transparency laid over white."""
-    photo = image if isinstance(image, Image.Image) else Image.open(image)
-    photo = ImageOps.exif_transpose(photo)
+    if not isinstance(image, Image.Image):
+        with Image.open(image) as file:
+            return upright_rgb(file)
+    photo = ImageOps.exif_transpose(image)
     if photo.mode in IMAGES_OF_16_BIT:
         return Image.fromarray((np.asarray(photo).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     if photo.has_transparency_data:

@@ -65,6 +65,8 @@ class EncodedImage:
 def load(path: str | Path, device: str = "cpu") -> Predictor:
     """The `Predictor` of a folder or hub id: a CLOC checkpoint, or any CLIP, SigLIP or SigLIP 2 checkpoint.
 
+    `tiny` is a small CLOC model of generated scenes that comes with the package; a folder of that name comes first.
+
     The latter have no Prompter: boxes, points and masks are embedded by the tower's own pooling, drawn to the region,
     and texts cannot be grounded.  `device` is cpu, cuda, cuda:NUMBER or auto.
     """
@@ -74,7 +76,7 @@ def load(path: str | Path, device: str = "cpu") -> Predictor:
 class Predictor:
     """A model with its processor, for photos and pixels.
 
-        predictor = opencloc.load("runs/quickstart/cloc/model")
+        predictor = opencloc.load("tiny")
         photo = predictor.encode("dogs.jpg")
         names, probabilities = predictor.classify(photo, boxes_px=[[10, 20, 200, 180]], names=["dog", "cat"])
         boxes_px, scores = predictor.ground(photo, ["a dog", "a unicorn"])

@@ -186,7 +186,7 @@ def pool(towers: Any, tokens: Float[Tensor, "B L D"], bias: Float[Tensor, "B P N
     bias = bias.to(tokens.dtype)
     if towers.config.model_type != "clip":
         head = towers.vision_model.head
-        query = head.probe.expand(len(tokens), bias.shape[1], -1)
+        query = head.probe.expand(tokens.shape[0], bias.shape[1], -1)
         mask = bias.repeat_interleave(head.attention.num_heads, 0)
         x = head.attention(query, tokens, tokens, attn_mask=mask, need_weights=False)[0]
         return x + head.mlp(head.layernorm(x))
