@@ -50,6 +50,7 @@ class AppConfig(Strict):
     device: str = "auto"
     """cpu, cuda, cuda:NUMBER or auto."""
 
+
 def run_app(config: AppConfig) -> None:
     """Serves the page until Ctrl-C, and prints its address.  Raises as `Library.open` and `opencloc.load`."""
     address, close, wait = start_app(config)
