@@ -64,6 +64,23 @@ def test_counts_are_kept_until_the_tar_changes(tmp_path: Path, monkeypatch: pyte
     assert count_samples(urls, cache_gb=1).samples.tolist() == [3, 9]
 
 
+def test_kept_counts_are_answered_from_one_listing_whatever_else_is_new_or_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counts, "_COUNTS_WORTH_KEEPING_S", 0.0)
+    write_tars(tmp_path, [2, 3, 4, 5])
+    urls = [str(tmp_path / f"{number}.tar") for number in (2, 0, 7, 1)]  # 7 is missing
+    first = count_samples(urls, cache_gb=1)
+    assert (first.samples.tolist(), first.unknown) == ([4, 2, 3, 3], {2})
+    counted = []
+    really = counts._count
+    monkeypatch.setattr(counts, "_count", lambda url, *rest: counted.append(url) or really(url, *rest))
+    assert count_samples(urls, cache_gb=1).samples.tolist() == [4, 2, 3, 3]
+    assert counted == []
+    assert count_samples([*urls, str(tmp_path / "3.tar")], cache_gb=1).samples.tolist() == [4, 2, 3, 3, 5]
+    assert counted == [str(tmp_path / "3.tar")]
+
+
 def test_a_missing_tar_has_the_usual_count_and_all_missing_is_an_error(tmp_path: Path) -> None:
     folder = write_tars(tmp_path / "tars", [4, 4, 7])
     (folder / "1.tar").unlink()

@@ -82,7 +82,7 @@ def count_samples(urls: Sequence[str], sidecar: str | None = None, *, cache_gb: 
     return ShardCounts(
         samples=np.asarray(samples, dtype=np.int64),
         unknown=frozenset(number for number, one in found.items() if one is None),
-        problems=sum((Counter(one.problems) for one in found.values() if one is not None), Counter()),
+        problems=sum((Counter(one.problems) for one in found.values() if one is not None and one.problems), Counter()),
     )
 
 
@@ -90,25 +90,37 @@ def _count_folder(folder: str, urls: dict[int, str], sidecar: str | None, cache_
     """What is known of the tars of one folder, by number; None for those that can't be read."""
     there = files.versions(folder)
     kept_at = files.cache_folder("counts") / f"{digest(_place(folder), sidecar)}.json"
+    names = {number: url.rsplit("/", 1)[-1] for number, url in urls.items()}
 
-    def ask(url: str) -> _Found | None:
-        name = os.path.basename(url)
+    def ask(number: int) -> _Found | None:
+        url, name = urls[number], names[number]
         try:
             version = version_of(url) if there is None else there[name]
             if name in kept and kept[name].version == str(version):
                 return kept[name]
             samples, problems = _count(url, version, there, sidecar, cache_gb)
-        except (OSError, KeyError):  # whoever reads it will meet the same, and count it
+        except OSError:  # whoever reads it will meet the same, and count it
             return None
         return _Found(samples=samples, version=str(version), problems=problems)
 
-    with files.locked(kept_at), ThreadPoolExecutor(_AT_ONCE) as pool:  # of a machine's ranks one counts
+    with files.locked(kept_at):  # of a machine's ranks one counts
         kept = _read_kept(kept_at)
+        known: dict[int, _Found | None] = dict.fromkeys(urls)
+        to_ask = list(urls)
+        if there is not None:  # what listing and kept counts say needs no thread per tar
+            to_ask = [number for number, name in names.items() if name in there]
+            known |= {
+                n: kept[name] for n in to_ask if (name := names[n]) in kept and kept[name].version == str(there[name])
+            }
+            to_ask = [number for number in to_ask if known[number] is None]
+        if not to_ask:
+            return known
         start = time.perf_counter()
-        answers = pool.map(ask, urls.values())
-        known = dict(zip(urls, track(answers, "counting samples", total=len(urls), unit="tars"), strict=True))
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            answers = track(pool.map(ask, to_ask), "counting samples", total=len(to_ask), unit="tars")
+            known |= zip(to_ask, answers, strict=True)
         if time.perf_counter() - start >= _COUNTS_WORTH_KEEPING_S:
-            kept |= {os.path.basename(urls[number]): one for number, one in known.items() if one is not None}
+            kept |= {names[number]: one for number, one in known.items() if one is not None}
             entries = {name: [one.samples, one.version, one.problems] for name, one in kept.items()}
             files.write_bytes(kept_at, json.dumps(entries).encode())
     return known
