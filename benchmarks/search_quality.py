@@ -54,15 +54,16 @@ def main() -> None:
 
 
 def measure(spec: str, model: str, num_images: int) -> dict[str, Any]:
-    """Recalls of both libraries, exact and approximate."""
-    truth, photos = truth_of(spec, num_images)
+    """Recalls of both libraries, exact and approximate.  `num_images`: of a source without an end."""
+    number = num_images if open_source(spec).size is None else None
+    truth, photos = truth_of(spec, number)
     asked = sorted(text for text, where in truth.items() if len(where) <= TOP)
     figures: dict[str, Any] = {"photos": photos, "texts": len(asked)}
     with tempfile.TemporaryDirectory() as folder:
-        regions = indexed(spec, model, num_images, f"{folder}/regions", "grid")
+        regions = indexed(spec, model, number, f"{folder}/regions", "grid")
         exact = {text: regions.search(text, top=TOP, exact=True) for text in asked}
         figures["regions"] = recall(exact, truth) | {"stored": regions.store.regions.count_rows()}
-        whole = indexed(spec, model, num_images, f"{folder}/whole", "whole")
+        whole = indexed(spec, model, number, f"{folder}/whole", "whole")
         figures["whole photos"] = recall({text: whole.search(text, top=TOP) for text in asked}, truth)
         before, store_module.APPROXIMATE_FROM = store_module.APPROXIMATE_FROM, 0
         try:
@@ -78,7 +79,7 @@ def measure(spec: str, model: str, num_images: int) -> dict[str, Any]:
     return figures
 
 
-def truth_of(spec: str, num_images: int) -> tuple[Truth, int]:
+def truth_of(spec: str, num_images: int | None) -> tuple[Truth, int]:
     """(which boxes of which photos have a text, number of photos)."""
     source = open_source(spec)
     entries = list_photos(spec, num_images).entries
@@ -91,7 +92,7 @@ def truth_of(spec: str, num_images: int) -> tuple[Truth, int]:
     return truth, len(entries)
 
 
-def indexed(spec: str, model: str, num_images: int, out: str, kind: RegionKind) -> Library:
+def indexed(spec: str, model: str, num_images: int | None, out: str, kind: RegionKind) -> Library:
     """A new library of a source."""
     run_index(IndexConfig(photos=(spec,), out=out, model=model, regions=kind, num_images=num_images, device="cpu"))
     return Library.open(out, device="cpu")

@@ -74,3 +74,11 @@ def test_scenes_written_to_a_folder_of_tars_are_listed_with_the_version_of_their
     write_scenes(SceneConfig(mode="easy"), 2, str(tmp_path), 2)
     listing = list_photos(str(tmp_path))
     assert {entry.size for entry in listing.entries} == {next(tmp_path.glob("*.tar")).stat().st_size}
+
+
+def test_a_number_of_images_is_for_sources_without_an_end(tmp_path: Path) -> None:
+    write_tars(tmp_path / "tars", [2])
+    (tmp_path / "photos").mkdir()
+    for spec in (f"shards:{tmp_path / 'tars'}", str(tmp_path / "photos")):
+        with pytest.raises(ValueError, match="--num-images is for sources without an end"):
+            list_photos(spec, 1)

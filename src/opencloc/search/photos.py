@@ -79,15 +79,21 @@ def list_photos(spec: str, num_images: int | None = None) -> Listing:
 
     `num_images`: how many of a source that has no end (generated scenes).
 
-    Raises as `open_source`, ValueError for a source without an end and a folder without a photo, `OSError` for a folder
-    that cannot be read.
+    Raises as `open_source`, ValueError for a source without an end and no number, for one with an end and a number, and
+    for a folder without a photo, `OSError` for a folder that cannot be read.
     """
     kind, location, options = parse_spec(spec)
     local = files.local_path(location)
     if kind == "folder" and local is not None and not options:
+        if num_images is not None:
+            raise ValueError(f"--num-images is for sources without an end: {spec} is indexed whole")
         return _walk(os.path.abspath(local))
     source: Any = open_source(spec)
     size = source.size
+    if size is not None and num_images is not None:
+        raise ValueError(
+            f"--num-images is for sources without an end: {spec} has {size:,} images, and is indexed whole"
+        )
     if size is None:
         if num_images is None:
             raise ValueError(f"{spec} has no end: say how many by --num-images")
