@@ -346,18 +346,22 @@ def ground_texts(ask: Ask) -> Generator[None, Batch | None, Scores]:
         return {}
     scorer, images = ask.scorer(rows["images"]), rows["images"]
     threshold = 0.5 - metrics.TIE  # IoUs come from float32 boxes: exactly one half must count as one half
-    columns = {"": ("IoU ≥ 0.5", rows["any_box"])}
-    if rows["several"].any():
-        columns = {
-            "_any": ("IoU ≥ 0.5 with any box", rows["any_box"]),
-            "_merged": ("IoU ≥ 0.5 with the box around all", rows["merged"]),
-        }
-    for key, (label, overlap) in columns.items():
+    for key, (label, overlap) in phrase_columns(rows).items():
         hits, of = overlap >= threshold, f"{len(images):,} texts"
         scorer.add(f"acc50{key}", label, hits, images, of=of)
         scorer.add(f"miou{key}", label.replace("IoU ≥ 0.5", "mean IoU"), overlap, images, of=of)
         scorer.add_sizes(f"acc50{key}", label, hits, images, rows["areas"], what="texts")
     return scorer.scores
+
+
+def phrase_columns(rows: metrics.Rows) -> dict[str, tuple[str, np.ndarray]]:
+    """Suffix of a score's key -> (label, overlaps): by any box and the box around all, where phrases have several."""
+    if not rows["several"].any():
+        return {"": ("IoU ≥ 0.5", rows["any_box"])}
+    return {
+        "_any": ("IoU ≥ 0.5 with any box", rows["any_box"]),
+        "_merged": ("IoU ≥ 0.5 with the box around all", rows["merged"]),
+    }
 
 
 def _hulls(truths: Sequence[np.ndarray]) -> np.ndarray:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import save_torch_state_dict
-from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlavaConfig
@@ -26,7 +25,7 @@ from opencloc.config import Strict
 from opencloc.mllm.chat_format import ChatFormat
 from opencloc.mllm.model import RegionLlava
 from opencloc.mllm.processor import IMAGE, RegionLlavaProcessor
-from opencloc.model.export import MARK, check_apart, colour_factor, may_be_replaced
+from opencloc.model.export import MARK, check_apart, may_be_replaced, pixel_settings
 from opencloc.model.processor import save_tokenizer
 
 _NAMES = (  # of this version of transformers -> as exported
@@ -178,23 +177,14 @@ def _save_tokenizer(processor: RegionLlavaProcessor, folder: Path) -> None:
 def _processor(config: Any, processor: RegionLlavaProcessor) -> dict[str, dict[str, Any]]:
     """File name -> content: `processor_config.json` of transformers 5, `preprocessor_config.json` of version 4."""
     side = processor.image_size
-    factor = colour_factor(processor.image_mean)
     square = {"height": side, "width": side}
     image = {
         "image_processor_type": "LlavaImageProcessor",
         "do_pad": True,
-        "do_resize": True,
         "size": square,
-        "resample": int(Image.Resampling.BICUBIC),
         "do_center_crop": True,  # of what is a square already; its size is what token counts are made of
         "crop_size": square,
-        "do_rescale": True,
-        "rescale_factor": factor / 255,
-        "do_normalize": True,
-        "image_mean": [factor * mean for mean in processor.image_mean],
-        "image_std": [factor * std for std in processor.image_std],
-        "do_convert_rgb": True,
-    }
+    } | pixel_settings(processor.image_mean, processor.image_std)
     strategy = config.vision_feature_select_strategy
     settings = {
         "processor_class": "LlavaProcessor",

@@ -204,15 +204,9 @@ class RegionLlava(LlavaForConditionalGeneration):
         Raises ValueError for another kind of model, and for weights that are missing, unexpected, misshapen or not
         finite, or not in safetensors; FileNotFoundError where there is no such folder.
         """
-        path = pretrained_model_name_or_path
-        if options.get("config") is None:
-            options["config"] = loading.load_config(path)
-        if (kind := options["config"].model_type) != RegionLlavaConfig.model_type:
-            raise ValueError(f"{path} holds a {kind!r} model, not one of `opencloc mllm build`")
-        with_info = options.pop("output_loading_info", False)
+        kind, wanted = RegionLlavaConfig.model_type, "not one of `opencloc mllm build`"
         load: Any = super().from_pretrained
-        model, info = loading.load_weights(load, path, *args, **options)
-        return (model, info) if with_info else model
+        return loading.load_of_kind(load, pretrained_model_name_or_path, kind, wanted, *args, **options)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:
         """Writes configuration and weights, by the same names however the model came to be."""

@@ -18,7 +18,7 @@ from opencloc.boxes import Letterbox
 from opencloc.eval import metrics
 from opencloc.eval.metrics import Rows
 from opencloc.eval.sets.item import BOXES, IMAGES, NO_REGIONS, TEXTS, Loaded
-from opencloc.eval.tasks import NO_QUERIES, UNKNOWN_CLASS, Scores
+from opencloc.eval.tasks import NO_QUERIES, UNKNOWN_CLASS, Scores, phrase_columns
 from opencloc.mllm import templates
 from opencloc.mllm.boxes_text import find_boxes
 from opencloc.mllm.conversation import Conversation, RegionPrompt, Turn
@@ -183,13 +183,7 @@ def find_texts(ask: Interview) -> Batches:
         return {}
     scorer, images = ask.scorer(rows["images"]), rows["images"]
     of = f"{len(images):,} texts"
-    columns = {"": ("IoU ≥ 0.5", rows["any_box"])}
-    if rows["several"].any():
-        columns = {
-            "_any": ("IoU ≥ 0.5 with any box", rows["any_box"]),
-            "_merged": ("IoU ≥ 0.5 with the box around all", rows["merged"]),
-        }
-    for key, (label, overlap) in columns.items():
+    for key, (label, overlap) in phrase_columns(rows).items():
         scorer.add(f"acc50{key}", label, overlap >= 0.5 - metrics.TIE, images, of=of)
         scorer.add(f"miou{key}", label.replace("IoU ≥ 0.5", "mean IoU"), overlap, images, of=of)
     scorer.add("unread", "without a readable box", rows["unread"], images, of=of)

@@ -153,18 +153,9 @@ class ClocModel(PreTrainedModel):
         Raises ValueError for another kind of model, and for weights that are missing, unexpected, misshapen or not
         finite, or not in safetensors; FileNotFoundError where there is no such folder.
         """
-        path = pretrained_model_name_or_path
-        if options.get("config") is None:
-            options["config"] = loading.load_config(path)
-        if options["config"].model_type != "cloc":
-            raise ValueError(
-                f"{path} holds a {options['config'].model_type!r} model, not a CLOC checkpoint: "
-                "use opencloc.load or ClocModel.from_clip"
-            )
-        with_info = options.pop("output_loading_info", False)
+        wanted = "not a CLOC checkpoint: use opencloc.load or ClocModel.from_clip"
         load: Any = super().from_pretrained
-        model, info = loading.load_weights(load, path, *args, **options)
-        return (model, info) if with_info else model
+        return loading.load_of_kind(load, pretrained_model_name_or_path, "cloc", wanted, *args, **options)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:
         """Writes configuration and weights, and a model card (README.md) where there is none yet."""

@@ -84,6 +84,21 @@ def save_exported_tokenizer(processor: ClocProcessor, folder: Path) -> None:
         files.write_json(file, content)
 
 
+def pixel_settings(mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+    """What all of transformers' image processors are told of resizing and colours."""
+    factor = colour_factor(mean)
+    return {
+        "do_resize": True,
+        "resample": int(Image.Resampling.BICUBIC),
+        "do_rescale": True,
+        "rescale_factor": factor / 255,
+        "do_normalize": True,
+        "image_mean": [factor * value for value in mean],
+        "image_std": [factor * value for value in std],
+        "do_convert_rgb": True,
+    }
+
+
 def _image_processor(config: Any, processor: ClocProcessor) -> dict[str, dict[str, Any]]:
     """File name -> content.
 
@@ -91,17 +106,7 @@ def _image_processor(config: Any, processor: ClocProcessor) -> dict[str, dict[st
     use it) reads the other file, whose CLIPImageProcessor cannot pad.
     """
     side = processor.image_size
-    factor = colour_factor(processor.image_mean)
-    common = {
-        "do_resize": True,
-        "resample": int(Image.Resampling.BICUBIC),
-        "do_rescale": True,
-        "rescale_factor": factor / 255,
-        "do_normalize": True,
-        "image_mean": [factor * mean for mean in processor.image_mean],
-        "image_std": [factor * std for std in processor.image_std],
-        "do_convert_rgb": True,
-    }
+    common = pixel_settings(processor.image_mean, processor.image_std)
     if config.model_type == "siglip2":
         rows, columns = towers.patch_grid(config)
         patches = {"patch_size": config.vision_config.patch_size, "max_num_patches": rows * columns}

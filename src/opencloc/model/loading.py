@@ -106,6 +106,21 @@ def load_weights(load: Callable[..., Any], path: str | Path, *args: Any, **optio
     return model, info
 
 
+def load_of_kind(load: Callable[..., Any], path: str | Path, kind: str, wanted: str, *args: Any, **options: Any) -> Any:
+    """What a class of ours gives for `from_pretrained`, whose base class's is `load`: arguments are transformers'.
+
+    Raises ValueError for a model whose type is not `kind`, saying what is `wanted`, and as `load_weights`;
+    FileNotFoundError where there is no such folder.
+    """
+    if options.get("config") is None:
+        options["config"] = load_config(path)
+    if options["config"].model_type != kind:
+        raise ValueError(f"{path} holds a {options['config'].model_type!r} model, {wanted}")
+    with_info = options.pop("output_loading_info", False)
+    model, info = load_weights(load, path, *args, **options)
+    return (model, info) if with_info else model
+
+
 def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer of a checkpoint.  Raises ValueError for one that knows no text, and where its files are missing.
 

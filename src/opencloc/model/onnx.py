@@ -37,7 +37,7 @@ from opencloc.model.export import MARK, may_be_replaced, save_exported_tokenizer
 from opencloc.model.outputs import ImageFeatures
 from opencloc.model.predictor import EVERYDAY, WINDOWS
 from opencloc.model.processor import ClocProcessor
-from opencloc.model.prompts import PromptBatch, PromptEncoder, point_penalty
+from opencloc.model.prompts import PromptBatch, PromptEncoder
 
 OPSET = 18
 EXAMPLE = Path(__file__).with_name("opencloc_onnx.py")
@@ -127,18 +127,14 @@ class Grounder(nn.Module):
 def boxes_and_points(encoder: PromptEncoder, prompts: Float[Tensor, "B P 4"]) -> PromptBatch:
     """The prompts of rows (x0, y0, x1, y1), of which those without extent are points: one graph takes both."""
     is_point = (prompts[..., :2] == prompts[..., 2:]).all(-1)
-    boxes, xy = encoder.boxes(prompts), prompts[..., :2]
-    point = (encoder.basis(xy) + encoder.point_kind)[:, :, None]
+    boxes, points = encoder.boxes(prompts), encoder.points(prompts[..., :2])
     valid = torch.stack([torch.ones_like(is_point), ~is_point], -1)  # a point is one token, a box two
-    half = torch.tensor([0.5 / encoder.grid[1], 0.5 / encoder.grid[0]])
-    extent = torch.cat([xy - half, xy + half], -1).clamp(0, 1)
-    distance = point_penalty(xy, encoder.grid)[:, :, None]
     return PromptBatch(
-        tokens=torch.where(is_point[..., None, None], point, boxes.tokens),
-        penalty=torch.where(is_point[..., None, None], distance, boxes.penalty),
+        tokens=torch.where(is_point[..., None, None], points.tokens, boxes.tokens),
+        penalty=torch.where(is_point[..., None, None], points.penalty, boxes.penalty),
         valid=valid,
         asks=valid,
-        boxes=torch.where(is_point[..., None], extent, boxes.boxes),
+        boxes=torch.where(is_point[..., None], points.boxes, boxes.boxes),
     )
 
 

@@ -246,6 +246,14 @@ class PromptEncoder(nn.Module):
         penalty = box_penalty(boxes, self.grid)[:, :, None].expand(-1, -1, 2, -1)
         return PromptBatch(tokens=tokens, penalty=penalty, valid=_all(tokens), asks=_all(tokens), boxes=boxes.float())
 
+    def points(self, xy: Float[Tensor, "B P 2"]) -> PromptBatch:
+        """Point prompts, each with the extent of a patch around it.  Values are not checked."""
+        tokens = (self.basis(xy) + self.point_kind)[:, :, None]
+        half = xy.new_tensor([0.5 / self.grid[1], 0.5 / self.grid[0]])
+        box = torch.cat([xy - half, xy + half], -1).clamp(0, 1)
+        penalty = point_penalty(xy, self.grid)[:, :, None]
+        return PromptBatch(tokens=tokens, penalty=penalty, valid=_all(tokens), asks=_all(tokens), boxes=box)
+
     def texts(self, embeddings: Float[Tensor, "B P E"]) -> PromptBatch:
         """Text prompts, from L2-normalised embeddings f_T(y)."""
         batch, count, embed_dim = embeddings.shape
@@ -329,11 +337,7 @@ class PromptEncoder(nn.Module):
         xy = self._numbers(point)
         if not (torch.isfinite(xy).all() and (xy >= 0).all() and (xy <= 1).all()):
             raise ValueError(f"{point} lies outside the square [0, 1] (normalised, not pixels)")
-        tokens = (self.basis(xy) + self.point_kind)[:, :, None]
-        half = xy.new_tensor([0.5 / self.grid[1], 0.5 / self.grid[0]])
-        box = torch.cat([xy - half, xy + half], -1).clamp(0, 1)
-        penalty = point_penalty(xy, self.grid)[:, :, None]
-        return PromptBatch(tokens=tokens, penalty=penalty, valid=_all(tokens), asks=_all(tokens), boxes=box)
+        return self.points(xy)
 
     def _mask(self, mask: Tensor) -> PromptBatch:
         as_box = self.boxes(mask_box(mask)[None, None])
