@@ -72,9 +72,10 @@ def thinned(
 
 def _overlapping(boxes: np.ndarray) -> np.ndarray:
     """(P, P): whether two boxes share more than an edge."""
-    low = np.maximum(boxes[:, None, :2], boxes[None, :, :2])
-    high = np.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
-    return (high > low)[..., 0] & (high > low)[..., 1]
+    low, high = boxes[:, :2], boxes[:, 2:]
+    begins = (low[:, None, 0] < high[None, :, 0]) & (low[:, None, 1] < high[None, :, 1])  # before the other ends
+    full = begins.diagonal()
+    return begins & begins.T & full[:, None] & full
 
 
 @torch.no_grad()
