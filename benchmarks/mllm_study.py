@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.runs import Run, has_result, run_all, this_program
 from opencloc import files
 
 NUM_THINGS = 120
@@ -335,44 +333,18 @@ def squeezed(text: str) -> str:
 # -- all runs ----------------------------------------------------------------------------------------------------------
 
 
-def run_all(chosen: list[Arm], arguments: argparse.Namespace) -> int:
-    """Runs every arm and seed that has no result yet, so many at a time; returns how many failed."""
-    out = arguments.out
-    todo = [(arm, seed) for seed in arguments.seeds for arm in chosen if not has_result(out, arm.name, seed)]
+def do_all(chosen: list[Arm], arguments: argparse.Namespace) -> int:
+    """Does every arm and seed that has no result yet; returns how many failed."""
+    out, known = arguments.out, {arm.name: arm for arm in chosen}
+    todo = [(arm.name, seed) for seed in arguments.seeds for arm in chosen if not has_result(out, (arm.name, seed))]
     print(f"{len(todo)} runs to do, {arguments.at_once} at a time", flush=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    running: dict[subprocess.Popen[bytes], str] = {}
-    waiting, started, done, failed = list(todo), time.time(), 0, 0
-    while waiting or running:
-        while waiting and len(running) < arguments.at_once and (n := first_ready(waiting, out)) is not None:
-            arm, seed = waiting.pop(n)
-            name = f"{arm.name}-{seed}"
-            command = [sys.executable, "-m", "benchmarks.mllm_study", "--out", str(out), "--run", arm.name, str(seed)]
-            command += ["--steps", str(arguments.steps), "--num-images", str(arguments.num_images)]
-            with (out / f"{name}.log").open("ab") as log:
-                command += ["--device", arguments.device]
-                process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-            running[process] = name
-        if not running:
-            raise SystemExit(f"runs wait for runs that failed: {[arm.name for arm, _ in waiting]}")
-        time.sleep(0.5)
-        for process in [p for p in running if p.poll() is not None]:
-            name = running.pop(process)
-            done, failed = done + 1, failed + (process.returncode != 0)
-            state = "done" if process.returncode == 0 else f"FAILED, see {out / name}.log"
-            eta = (time.time() - started) / done * (len(todo) - done)
-            print(f"{name}: {state}  ({done} of {len(todo)}, ETA {eta / 60:.0f} min)", flush=True)
-    return failed
+    command = this_program("benchmarks.mllm_study", "--out", str(out), "--steps", str(arguments.steps))
+    command += ["--num-images", str(arguments.num_images), "--device", arguments.device]
 
+    def needs(run: Run) -> list[Run]:
+        return [(name, run[1]) for name in known[run[0]].needs]
 
-def has_result(out: Path, name: str, seed: int) -> bool:
-    return (out / f"{name}-{seed}" / "result.json").exists()
-
-
-def first_ready(waiting: list[tuple[Arm, int]], out: Path) -> int | None:
-    """Number of the first run that waits for no other."""
-    ready = (all(has_result(out, name, seed) for name in arm.needs) for arm, seed in waiting)
-    return next((n for n, is_ready in enumerate(ready) if is_ready), None)
+    return run_all(todo, out, arguments.at_once, program=command, needs=needs)
 
 
 def main() -> None:
@@ -400,7 +372,7 @@ def main() -> None:
     wanted = set(arguments.only or known)
     for _ in range(2):
         wanted |= {name for arm in known.values() if arm.name in wanted for name in arm.needs}
-    sys.exit(1 if run_all([arm for arm in known.values() if arm.name in wanted], arguments) else 0)
+    sys.exit(1 if do_all([arm for arm in known.values() if arm.name in wanted], arguments) else 0)
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.runs import has_result, run_all, this_program
 from benchmarks.study_variants import (
     IMAGE_PX,
     LEARNING_RATES,
@@ -96,6 +96,7 @@ def run(variant: Variant, seed: int, out: Path, steps: int, device: str) -> None
 
 def configuration(variant: Variant, seed: int, out: Path, steps: int, device: str = "cpu") -> Any:
     """The training configuration of a run; `steps` for `STEPS`, others in proportion."""
+    from opencloc.config import from_scratch_left_out
     from opencloc.presets import PRESETS
 
     scenes = f"scenes:rich?{WORLDS[variant.world]}{NOISE[variant.noise]}"
@@ -125,7 +126,7 @@ def configuration(variant: Variant, seed: int, out: Path, steps: int, device: st
         changes["optim.lr"] = best_learning_rate(out, variant.tuned_as)
     if variant.start is not None:
         changes["model.init_from"] = str(out / f"{variant.start}-{seed}" / "model")
-    config = PRESETS["tiny"]()
+    config = PRESETS["tiny"]() if variant.start is None else from_scratch_left_out(PRESETS["tiny"]())
     for name, value in (changes | fields).items():
         config = replaced(config, name.split("."), value)
     return config
@@ -248,7 +249,7 @@ def check(status: int) -> None:
 
 def program(*arguments: str) -> list[str]:
     """This program again, in a process of its own."""
-    return [sys.executable, "-m", "benchmarks.study", *arguments]
+    return this_program("benchmarks.study", *arguments)
 
 
 def waves(chosen: list[Variant], seeds: list[int]) -> Iterator[tuple[Variant, int]]:
@@ -260,47 +261,17 @@ def waves(chosen: list[Variant], seeds: list[int]) -> Iterator[tuple[Variant, in
             yield variant, seed
 
 
-def run_all(chosen: list[Variant], seeds: list[int], out: Path, steps: int, at_once: int, device: str) -> int:
-    """Runs every variant and seed that has no result yet, `at_once` at a time; returns how many failed."""
-    todo = [(v, s) for v, s in waves(chosen, seeds) if not (out / f"{v.name}-{s}" / "result.json").exists()]
+def do_all(chosen: list[Variant], seeds: list[int], out: Path, steps: int, at_once: int, device: str) -> int:
+    """Does every variant and seed that has no result yet, learning rates first; returns how many failed."""
+    known = {variant.name: variant for variant in [*chosen, *tuning()]}
+    todo = [(v.name, seed) for v, seed in waves(chosen, seeds) if not has_result(out, (v.name, seed))]
     print(f"{len(todo)} runs to do, {at_once} at a time", flush=True)
-    if any(variant.like for variant, _ in todo) and not (out / "costs.json").exists():
+    if any(known[name].like for name, _ in todo) and not (out / "costs.json").exists():
         measure_costs(out)
-    if any(variant.labels for variant, _ in todo):
+    if any(known[name].labels for name, _ in todo):
         make_labels(out)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    running: dict[subprocess.Popen[bytes], str] = {}  # process -> name of its run
-    started, done, failed = time.time(), 0, 0
-    waiting = list(todo)
-    while waiting or running:
-        while waiting and len(running) < at_once and (n := ready(waiting, out)) is not None:
-            variant, seed = waiting.pop(n)
-            name = f"{variant.name}-{seed}"
-            command = program("--out", str(out), "--steps", str(steps), "--device", device)
-            with (out / f"{name}.log").open("ab") as log:
-                process = subprocess.Popen(
-                    [*command, "--run", variant.name, str(seed)], env=environment, stdout=log, stderr=log
-                )
-                running[process] = name
-        if not running:
-            raise SystemExit(f"runs wait for runs that failed: {[variant.name for variant, _ in waiting]}")
-        time.sleep(1)
-        for process in [p for p in running if p.poll() is not None]:
-            name = running.pop(process)
-            done += 1
-            failed += process.returncode != 0
-            state = "done" if process.returncode == 0 else f"FAILED, see {out / name}.log"
-            eta = (time.time() - started) / done * (len(todo) - done)
-            print(f"{name}: {state}  ({done} of {len(todo)}, ETA {eta / 60:.0f} min)", flush=True)
-    return failed
-
-
-def ready(waiting: list[tuple[Variant, int]], out: Path) -> int | None:
-    """Number of the first run that waits for no other."""
-    for n, (variant, seed) in enumerate(waiting):
-        if all((out / f"{name}-{number}" / "result.json").exists() for name, number in variant.needs(seed)):
-            return n
-    return None
+    command = program("--out", str(out), "--steps", str(steps), "--device", device)
+    return run_all(todo, out, at_once, program=command, needs=lambda run: known[run[0]].needs(run[1]))
 
 
 def main() -> None:
@@ -331,7 +302,7 @@ def main() -> None:
         run(known[name], int(seed), arguments.out, arguments.steps, arguments.device)
         return
     chosen = [known[name] for name in arguments.only] if arguments.only else variants()
-    failed = run_all(chosen, arguments.seeds, arguments.out, arguments.steps, arguments.at_once, arguments.device)
+    failed = do_all(chosen, arguments.seeds, arguments.out, arguments.steps, arguments.at_once, arguments.device)
     sys.exit(1 if failed else 0)
 
 
