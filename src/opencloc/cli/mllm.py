@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 
 from opencloc.cli.arguments import HELP, parse, together, value
+from opencloc.cli.training import run_training
 
 
 def build_model(arguments: list[str]) -> None:
@@ -26,7 +25,6 @@ def train_model(arguments: list[str]) -> int | None:
     from opencloc.config import from_json
     from opencloc.mllm.config import STAGES, MllmTrainConfig
     from opencloc.mllm.train import train
-    from opencloc.train.loop import Interrupted
 
     if not arguments or arguments[0] in HELP:
         print(f"{train_model.__doc__}\n\nStages:")
@@ -44,16 +42,7 @@ def train_model(arguments: list[str]) -> int | None:
     else:
         raise ValueError(f"{first!r} is neither a stage ({', '.join(STAGES)}) nor a .json configuration")
     config = parse(MllmTrainConfig, rest, f"mllm train {first}", default=default)
-    try:
-        model = train(config)
-        if os.environ.get("RANK", "0") == "0":  # under torchrun one of them says it
-            print(model)
-            conversations = f"{config.steps:,} steps of {config.batch_size:,} conversations"
-            print(f"{conversations}; how they went is in {config.out}/log.jsonl")
-    except Interrupted as stop:
-        print(f"opencloc mllm train: {stop}", file=sys.stderr)
-        return 130
-    return 0
+    return run_training(train, config, "mllm train", "conversations")
 
 
 def chat(arguments: list[str]) -> None:

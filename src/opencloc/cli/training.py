@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from opencloc.cli.arguments import HELP, group, parse, together
 
@@ -15,7 +16,7 @@ def train_model(arguments: list[str]) -> int | None:
     """Train a model: opencloc train PRESET|CONFIG.json [--field value ...]"""
     from opencloc.config import TrainConfig, from_json, from_scratch_left_out
     from opencloc.presets import PRESETS
-    from opencloc.train.loop import Interrupted, train
+    from opencloc.train.loop import train
 
     if not arguments or arguments[0] in HELP:
         print(f"{train_model.__doc__}\n\nPresets:")
@@ -38,13 +39,20 @@ def train_model(arguments: list[str]) -> int | None:
     config = parse(TrainConfig, rest, f"train {first}", default=default)
     if config.model.init_from == "CHECKPOINT" and not Path("CHECKPOINT").exists():
         raise ValueError(f"{first} starts from a checkpoint: --model.init-from FOLDER_OR_HUB_ID")
+    return run_training(train, config, "train", "images")
+
+
+def run_training(train: Callable[[Any], Path], config: Any, verb: str, unit: str) -> int:
+    """Runs a training, says what came of it, and returns the exit status.  `unit`: what a batch consists of."""
+    from opencloc.train.loop import Interrupted
+
     try:
         model = train(config)
         if os.environ.get("RANK", "0") == "0":  # under torchrun one of them says it
             print(model)
-            print(f"{config.steps:,} steps of {config.batch_size:,} images; how they went is in {config.out}/log.jsonl")
+            print(f"{config.steps:,} steps of {config.batch_size:,} {unit}; how they went is in {config.out}/log.jsonl")
     except Interrupted as stop:
-        print(f"opencloc train: {stop}", file=sys.stderr)
+        print(f"opencloc {verb}: {stop}", file=sys.stderr)
         return 130
     return 0
 

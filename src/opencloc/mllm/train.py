@@ -8,8 +8,6 @@ and micro-batches.
 
 from __future__ import annotations
 
-import math
-import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,24 +15,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.logging import disable_progress_bar
 
 from opencloc import files
 from opencloc.collectives import sum_ranks
 from opencloc.config import OptimConfig, to_json
 from opencloc.data.stream import check_skipped
-from opencloc.devices import choose_device, computes_in_bf16
 from opencloc.mllm.config import MllmTrainConfig
 from opencloc.mllm.model import RegionLlava
 from opencloc.mllm.parts import add_lora, make_optimizer, merge_lora, set_trained_parts
 from opencloc.mllm.processor import RegionLlavaProcessor, Row
 from opencloc.mllm.readers import open_conversations
 from opencloc.mllm.stream import ConversationExamples, micro_batches, training_rows
-from opencloc.train.checkpoint import load_checkpoint, save_checkpoint, save_model, step_of
-from opencloc.train.distributed import Ranks, clip_gradients, gradient_sync, process_ranks, spread
-from opencloc.train.folder import run_folder
+from opencloc.train.checkpoint import load_checkpoint, save_checkpoint, save_model
+from opencloc.train.distributed import Ranks, clip_gradients, gradient_sync, spread
 from opencloc.train.log import RunLog
-from opencloc.train.loop import Interrupted, check_data, stop_requests, tell
+from opencloc.train.loop import Interrupted, check_data, check_finite, in_its_folder, set_up, stop_requests
 from opencloc.train.optim import learning_rate
 
 
@@ -44,29 +39,14 @@ def train(config: MllmTrainConfig) -> Path:
     Raises ValueError if the folder holds another run or is in use, or the batch cannot be shared out among the ranks;
     FloatingPointError if the loss is no number any more; `Interrupted` after Ctrl-C or SIGTERM.
     """
-    with process_ranks(choose_device(config.device)) as (ranks, device), run_folder(config, ranks) as found:
-        final = Path(config.out) / "model"
-        if found != final:
-            run(config, ranks, device, found)
-        elif ranks.is_first:
-            tell(f"{config.out} is finished: nothing is left to do")
-        return final
+    return in_its_folder(config, run)
 
 
 def run(config: MllmTrainConfig, ranks: Ranks, device: torch.device, resume_from: Path | None) -> None:
     """The training as one of `ranks`, on `device`, from a checkpoint or the beginning."""
     # -- set-up ------------------------------------------------------------------------------------------------------
     out = Path(config.out)
-    if ranks.is_first and resume_from is not None:
-        tell(f"resuming {out} from step {step_of(resume_from)} of {config.steps}")
-    elif ranks.is_first:
-        tell(f"training {out}: {config.steps:,} steps of {config.batch_size:,} conversations on {device}")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers and forked workers do not mix
-    bf16 = computes_in_bf16(config.precision, device)
-    if bf16 and device.type == "cuda":  # what stays float32 is multiplied as TF32
-        torch.set_float32_matmul_precision("high")
-    disable_progress_bar()  # transformers' own, one for every checkpoint
-
+    bf16 = set_up(config, ranks, device, resume_from, "conversations")
     model, processor = load_trainable(config)
     model.to(device)
     parallel = spread(model, ranks, config.sharding)  # computes; `model` holds the parameters
@@ -127,7 +107,7 @@ def run(config: MllmTrainConfig, ranks: Ranks, device: torch.device, resume_from
 
             log.step(waited)
             if log.due(step):
-                check_finite(step, loss, grad_norm)
+                check_finite(step, {"loss": loss, "grad_norm": grad_norm}, "lower rates")
                 total = all_skipped()
                 check_skipped(total, step * config.batch_size, config.data.max_skipped_share)
                 values = {"loss": loss.item(), "tokens": tokens.item(), "grad_norm": grad_norm.item()}
@@ -135,7 +115,7 @@ def run(config: MllmTrainConfig, ranks: Ranks, device: torch.device, resume_from
                 log.meter.note = f"loss {values['loss']:.3f}"
             stopping = stop.agreed()
             if stopping or step % config.checkpoint_every == 0 or step == config.steps:
-                check_finite(step, loss, grad_norm)
+                check_finite(step, {"loss": loss, "grad_norm": grad_norm}, "lower rates")
                 save()
             if stopping:
                 raise Interrupted(f"stopped after step {step} of {config.steps}; run the same command again to go on")
@@ -194,12 +174,3 @@ def backward(
             (part * ranks.size).backward()  # DDP and FSDP take the mean over ranks where the sum is wanted
             loss += part.detach()
     return sum_ranks(loss, ranks.group), total
-
-
-def check_finite(step: int, loss: Tensor, grad_norm: Tensor) -> None:
-    """Raises FloatingPointError if the loss of a step or its gradient is NaN or infinite.  Waits for the device."""
-    if not (math.isfinite(loss.item()) and math.isfinite(grad_norm.item())):
-        raise FloatingPointError(
-            f"the loss is not finite at step {step} (loss {loss.item():.4g}, grad_norm {grad_norm.item():.4g}); "
-            "start again with lower rates or more optim.warmup_steps"
-        )

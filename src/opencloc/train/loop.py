@@ -17,9 +17,10 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,11 @@ def train(config: TrainConfig) -> Path:
     Raises ValueError if the folder holds another run or is in use, or the batch cannot be shared out among the ranks;
     FloatingPointError if the loss is no number any more; `Interrupted` after Ctrl-C or SIGTERM.
     """
+    return in_its_folder(config, run)
+
+
+def in_its_folder(config: Any, run: Callable[[Any, Ranks, torch.device, Path | None], None]) -> Path:
+    """The folder of the final model, which `run(config, ranks, device, checkpoint)` leaves, if it is not there yet."""
     with process_ranks(choose_device(config.device)) as (ranks, device), run_folder(config, ranks) as found:
         final = Path(config.out) / "model"
         if found != final:
@@ -69,20 +75,28 @@ def train(config: TrainConfig) -> Path:
         return final
 
 
-def run(config: TrainConfig, ranks: Ranks, device: torch.device, resume_from: Path | None) -> None:
-    """The training as one of `ranks`, on `device`, from a checkpoint or the beginning."""
-    # -- set-up ------------------------------------------------------------------------------------------------------
-    out = Path(config.out)
+def set_up(config: Any, ranks: Ranks, device: torch.device, resume_from: Path | None, unit: str) -> bool:
+    """Says what begins or goes on, sets the process up, and returns whether it computes in bf16.
+
+    `unit`: what a batch consists of.
+    """
     if ranks.is_first and resume_from is not None:
-        tell(f"resuming {out} from step {step_of(resume_from)} of {config.steps}")
+        tell(f"resuming {config.out} from step {step_of(resume_from)} of {config.steps}")
     elif ranks.is_first:
-        tell(f"training {out}: {config.steps:,} steps of {config.batch_size:,} images on {device}")
+        tell(f"training {config.out}: {config.steps:,} steps of {config.batch_size:,} {unit} on {device}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers and forked workers do not mix
     bf16 = computes_in_bf16(config.precision, device)
     if bf16 and device.type == "cuda":  # what stays float32, as the losses do, is multiplied as TF32
         torch.set_float32_matmul_precision("high")
     disable_progress_bar()  # transformers' own, one for every checkpoint
+    return bf16
 
+
+def run(config: TrainConfig, ranks: Ranks, device: torch.device, resume_from: Path | None) -> None:
+    """The training as one of `ranks`, on `device`, from a checkpoint or the beginning."""
+    # -- set-up ------------------------------------------------------------------------------------------------------
+    out = Path(config.out)
+    bf16 = set_up(config, ranks, device, resume_from, "images")
     side = image_size(config, resume_from)
     sources = [open_source(spec, image_px=side) for spec in config.data.train]
     model, processor = build_model(config, sources, resume_from)
@@ -157,13 +171,13 @@ def run(config: TrainConfig, ranks: Ranks, device: torch.device, resume_from: Pa
 
             log.step(waited)
             if log.due(step):
-                check_finite(step, loss, grad_norm)
+                check_finite(step, vars(loss) | {"grad_norm": grad_norm})
                 total = all_skipped()
                 check_skipped(total, step * config.batch_size, config.data.max_skipped_share)
                 log.write(step, loss, output, grad_norm, lr=lr, skipped=total)
             stopping = stop.agreed()
             if stopping or step % config.checkpoint_every == 0 or step == config.steps:
-                check_finite(step, loss, grad_norm)
+                check_finite(step, vars(loss) | {"grad_norm": grad_norm})
                 save()
             if stopping:
                 raise Interrupted(f"stopped after step {step} of {config.steps}; run the same command again to go on")
@@ -230,15 +244,13 @@ def fields(output: ClocOutput) -> dict[str, Tensor]:
     return {name: value for name, value in vars(output).items() if value is not None}
 
 
-def check_finite(step: int, loss: ClocLoss, grad_norm: Tensor) -> None:
-    """Raises FloatingPointError if the loss of a step or its gradient is NaN or infinite.  Waits for the device."""
-    values = {name: value.item() for name, value in vars(loss).items() if value is not None}
-    values["grad_norm"] = grad_norm.item()
-    if not all(map(math.isfinite, values.values())):
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+def check_finite(step: int, values: Mapping[str, Tensor | None], advice: str = "a lower optim.lr") -> None:
+    """Raises FloatingPointError if a loss of a step or its gradient is NaN or infinite.  Waits for the device."""
+    found = {name: value.item() for name, value in values.items() if value is not None}
+    if not all(map(math.isfinite, found.values())):
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
         raise FloatingPointError(
-            f"the loss is not finite at step {step} ({shown}); start again with a lower optim.lr or more "
-            "optim.warmup_steps"
+            f"the loss is not finite at step {step} ({shown}); start again with {advice} or more optim.warmup_steps"
         )
 
 
