@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import torch
 import torch.distributed as dist
 
@@ -51,26 +52,33 @@ def cut_off(run: Path, after: int) -> None:
 
 
 def on_two_ranks(body: Callable[[Ranks], None], folder: Path) -> None:
-    """Runs `body` in two forked processes that form a group; raises what one of them raised."""
+    """Runs `body` in two processes that form a group; raises what one of them raised.
+
+    They are forked from a process of their own that has no threads: those of the tests' own process (of databases,
+    servers, other libraries) would be cut off in the middle of anything.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-
-    def child(rank: int) -> None:
-        try:
-            dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-            with process_ranks(torch.device("cpu")) as (ranks, _):
-                body(ranks)
-            dist.destroy_process_group()
-        except BaseException:
-            (folder / f"error_{rank}").write_text(traceback.format_exc())
-            os._exit(1)  # the other one may be waiting for this one
-        os._exit(0)
-
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=child, args=(rank,)) for rank in (0, 1)]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.conftest", "opencloc.train.loop", "opencloc.mllm.train"])
+    content = cloudpickle.dumps(body)
+    processes = [context.Process(target=_be_rank, args=(rank, content, folder)) for rank in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(PATIENCE_S)
     errors = [path.read_text() for path in sorted(folder.glob("error_*"))]
-    assert not errors, "\n".join(errors)
-    assert [process.exitcode for process in processes] == [0, 0]
+    exit_codes = [process.exitcode for process in processes]
+    assert not errors, "\n".join([f"exit codes {exit_codes}", *errors])
+    assert exit_codes == [0, 0]
+
+
+def _be_rank(rank: int, content: bytes, folder: Path) -> None:
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+        with process_ranks(torch.device("cpu")) as (ranks, _):
+            cloudpickle.loads(content)(ranks)
+        dist.destroy_process_group()
+    except BaseException:
+        (folder / f"error_{rank}").write_text(traceback.format_exc())
+        os._exit(1)  # the other one may be waiting for this one
+    os._exit(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 from opencloc.collectives import gather_rows, sum_ranks
 
 T = TypeVar("T")
+
+# Gloo's threads let go of a collective's tensors a moment after it is over, for which they need the interpreter.  FSDP2
+# keeps the group, and with it these threads, alive; where the interpreter has ended by then, they abort the process.
+LET_GO_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +100,7 @@ def process_ranks(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
     finally:
         if created:
             dist.destroy_process_group()
+            time.sleep(LET_GO_S)
 
 
 def _check_restarts() -> None:
