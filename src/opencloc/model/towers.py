@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 from opencloc.model.packing import PackedTexts
 
 FAMILIES = ("clip", "siglip", "siglip2")
+VISION_PARTS = ("vision_model.", "visual_projection.")  # what the names of the vision tower's weights begin with
 
 
 def check_family(config: PreTrainedConfig) -> None:
