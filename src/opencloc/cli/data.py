@@ -82,9 +82,12 @@ def pack_shards(arguments: list[str]) -> None:
 
 def features(arguments: list[str]) -> None:
     """Encode images once by a checkpoint's vision tower, for training that leaves it frozen"""
+    from transformers.utils.logging import disable_progress_bar
+
     from opencloc.data.encode import EncodeConfig, encode
 
     config = parse(EncodeConfig, arguments, "data features")
+    disable_progress_bar()  # transformers' own
     report = encode(config)
     print(f"{config.out}\n{report}")
 

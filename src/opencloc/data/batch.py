@@ -13,6 +13,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,7 +71,9 @@ class Batch:
             rows = slice(start, start + size)
             used, index = torch.unique(self.text_index[rows], return_inverse=True)
             names = ["pixel_values", "input_ids", "boxes", "valid", "text_hash", "kept"]
-            cut = {name: None if (value := getattr(self, name)) is None else value[rows] for name in names}
+            cut: dict[str, Any] = {
+                name: None if (value := getattr(self, name)) is None else value[rows] for name in names
+            }
             features = self.features and self.features.map(lambda x, rows=rows: x[rows])
             pieces.append(Batch(**cut, text_ids=self.text_ids[used], text_index=index, features=features))
         return pieces

@@ -1,8 +1,9 @@
 """Images encoded once by a checkpoint's vision tower, into tars of features (`opencloc data features`).
 
 Training that leaves the tower frozen reads them in place of the images (`opencloc.data.sources.features`).  A source of
-tars gets a tar of features for each, of the same name, so that labels beside its tars fit these too; the images of other
-sources are cut into tars of 1,000.  A tar appears when it is whole, then its `_stats.json`, which says that it is done.
+tars gets a tar of features for each, of the same name, so that labels beside its tars fit these too; the images of
+other sources are cut into tars of 1,000.  A tar appears when it is whole, then its `_stats.json`, which says that it is
+done.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import filelock
 import numpy as np
@@ -65,8 +66,8 @@ class EncodeConfig(Strict):
     out: str
     """Folder for the tars, on this machine; holds none yet, or those of the same command when it was stopped."""
     prompter: Literal["cross", "encoder", "roi", "pool", "pool_cross"] | None = None
-    """The Prompter that will be trained; None: the checkpoint's own, of others `cross`.  For `pool` and `pool_cross` on a
-    CLIP twice as much is stored."""
+    """The Prompter that will be trained; None: the checkpoint's own, of others `cross`.  For `pool` and `pool_cross`
+    on a CLIP twice as much is stored."""
     num_images: Count | None = None
     """How many images; all of a source that has an end."""
     batch_size: Count = 64
@@ -96,9 +97,10 @@ class EncodeReport:
 def encode(config: EncodeConfig) -> EncodeReport:
     """Writes the features and says what is there; a finished folder of the same command is left as it is.
 
-    A sample that cannot be used is left out and counted.  Run again after it was stopped, the same command goes on after
-    the last whole tar, and ends with the same files.  Raises as `open_source` and `opencloc.load`, `FileExistsError` if
-    the folder holds something else, `ValueError` if none of the images can be used or another process writes there.
+    A sample that cannot be used is left out and counted.  Run again after it was stopped, the same command goes on
+    after the last whole tar, and ends with the same files.  Raises as `open_source` and `opencloc.load`,
+    `FileExistsError` if the folder holds something else, `ValueError` if none of the images can be used or another
+    process writes there.
     """
     predictor = load(config.model, config.device)
     source = open_source(config.data, image_px=predictor.processor.image_size)
@@ -132,7 +134,8 @@ def encode(config: EncodeConfig) -> EncodeReport:
 def _info(config: EncodeConfig, predictor: Predictor, size: int) -> FeaturesInfo:
     """What `features.json` will say."""
     model, processor = predictor.model, predictor.processor
-    clip = model.config.clip_config
+    clip: Any = model.config.clip_config
+    mean, std = ((a, b, c) for a, b, c in (processor.image_mean, processor.image_std))
     is_cloc = load_config(config.model).model_type == "cloc"
     prompter = config.prompter or (model.config.prompter if is_cloc else "cross")
     width, num_patches = clip.vision_config.hidden_size, model.grid[0] * model.grid[1]
@@ -144,8 +147,8 @@ def _info(config: EncodeConfig, predictor: Predictor, size: int) -> FeaturesInfo
         vision_tower=vision_tower_id(model.clip),
         family=clip.model_type,
         image_size=processor.image_size,
-        image_mean=processor.image_mean,
-        image_std=processor.image_std,
+        image_mean=mean,
+        image_std=std,
         grid=model.grid,
         shapes=shapes,
         precision="bf16" if computes_in_bf16(config.precision, model.device) else "fp32",

@@ -124,9 +124,8 @@ class Predictor:
             features = self.model.encode_image(pixels.to(self.model.device))
             _check_embeddings(features.embedding, "image")
             for i, (photo, letterbox) in enumerate(zip(photos, letterboxes, strict=True)):
-                encoded.append(
-                    EncodedImage(features=features.map(lambda x, i=i: x[i : i + 1]), image=photo, letterbox=letterbox)
-                )
+                own = features.map(lambda x, i=i: x[i : i + 1])
+                encoded.append(EncodedImage(features=own, image=photo, letterbox=letterbox))
         return encoded
 
     @torch.no_grad()

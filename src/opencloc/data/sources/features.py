@@ -85,9 +85,7 @@ class Features(Shards):
             if how_made(other) != how_made(self.info):
                 raise ValueError(f"{folder} and {folders[0]} hold features that were not made in one way: see {INFO}")
         if (wanted := self.config.image_px) not in (None, self.info.image_size):
-            raise ValueError(
-                f"{location}: the features are of images of {self.info.image_size} pixels, not of {wanted}"
-            )
+            raise ValueError(f"{location}: features of images of {self.info.image_size} pixels, {wanted} are needed")
 
     def __getitem__(self, index: int) -> EncodedSample:  # pyright: ignore[reportIncompatibleMethodOverride]
         key, where, data, record = self._stored(index)

@@ -1,9 +1,9 @@
 """Sources by name: `KIND:LOCATION?key=value&key=value`, the one way data is named on the command line and in configs.
 
-Kinds: `scenes` (generated, location `rich` or `easy`), `shards` (tars), `features` (tars of encoded images, for training
-alone), `folder` (image files), `coco` (COCO-format
-JSON, also LVIS's and Objects365's), `grit`, `visual-genome`, `flickr30k-entities`, `refcoco`, `openimages`, `fg-clip`
-(those data sets' own files), `mosaic` (of the photos of any location), `crops` (of the regions of any location).
+Kinds: `scenes` (generated, location `rich` or `easy`), `shards` (tars), `features` (tars of encoded images, for
+training alone), `folder` (image files), `coco` (COCO-format JSON, also LVIS's and Objects365's), `grit`,
+`visual-genome`, `flickr30k-entities`, `refcoco`, `openimages`, `fg-clip` (those data sets' own files), `mosaic` (of the
+photos of any location), `crops` (of the regions of any location).
 Options are the fields of the kind's config.
 
     scenes:rich?num_things=120&seed=1
@@ -12,8 +12,8 @@ Options are the fields of the kind's config.
     mosaic:/data/pairs?grid=2-3&split=train
     crops:coco:/data/coco?split=train2017?seed=1
 
-A bare path is recognised: a folder with tars is `shards` (`features` if it says so), one in COCO's or Roboflow's layout `coco`, any other
-`folder`; a tar or a pattern of tars is `shards`.
+A bare path is recognised: a folder with tars is `shards` (`features` where `features.json` lies among them), one in
+COCO's or Roboflow's layout `coco`, any other `folder`; a tar or a pattern of tars is `shards`.
 
 A local path that exists is taken as it is, whatever `[`, `{` or `?` is in it.  Elsewhere options begin at the last `?`
 that a `name=` follows.  A `?` at the very end says that there are none: `https://host/0.tar?key=value?`.
@@ -27,7 +27,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -87,7 +87,7 @@ def open_source(
         raise ValueError(f"{spec}: a path must follow {kind}:")
     if kind == "features" and not features:
         raise ValueError(
-            f"{spec} holds features in place of images, which only training on a frozen vision tower reads"
+            f"{spec}: features stand in place of images, only training on a frozen vision tower reads them"
         )
     if sidecar is not None and options.setdefault("sidecar", sidecar) != sidecar:
         raise ValueError(f"{spec} names other labels than {sidecar}")
@@ -98,7 +98,7 @@ def open_source(
     openers: dict[str, Callable[[], Source]] = {
         "scenes": lambda: Scenes(config),
         "shards": lambda: Shards(location, config),
-        "features": lambda: Features(location, config),
+        "features": lambda: cast(Any, Features(location, config)),  # no images
         "folder": lambda: ImageFolder(location, config),
         "coco": lambda: Coco(location, config),
         "grit": lambda: Grit(location, config),

@@ -51,7 +51,7 @@ class TarWriter:
         self.keys.add(stored)
         if self._tar is None:
             partial = self._stack.enter_context(files.new_file(Path(self.path)))
-            self._tar = self._stack.enter_context(tarfile.open(partial, "w", format=tarfile.PAX_FORMAT))
+            self._tar = self._stack.enter_context(tarfile.open(partial, "w", format=tarfile.PAX_FORMAT))  # noqa: SIM115
         for suffix, data in members.items():
             info = tarfile.TarInfo(f"{stored}.{suffix}")
             info.size = len(data)
