@@ -67,9 +67,7 @@ def test_features_are_what_the_model_encodes_and_all_else_is_as_it_was(
         assert encoded.features.grid == features.grid
 
 
-def test_a_plain_clip_is_encoded_for_the_prompter_that_will_be_trained(
-    cloc: str, data: str, tmp_path: Path
-) -> None:
+def test_a_plain_clip_is_encoded_for_the_prompter_that_will_be_trained(cloc: str, data: str, tmp_path: Path) -> None:
     assert main(["export", "--model", cloc, "--out", str(tmp_path / "clip")]) == 0
     features_of(data, str(tmp_path / "clip"), tmp_path / "cross")
     features_of(data, str(tmp_path / "clip"), tmp_path / "pool", prompter="pool_cross")
