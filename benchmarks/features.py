@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.common import facts, save, table, take_turns, timed
 from opencloc.config import DataConfig, LrFactors, ModelConfig, OptimConfig, TrainConfig
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    disable_progress_bar()  # transformers' own
     device = torch.device(args.device)
     photos = f"coco:{args.data}/coco740?split=train"
     figures: dict[str, Any] = facts(device) | {

@@ -51,7 +51,7 @@ def rewrite(tar_path: Path, change: Callable[[bytes], bytes]) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["features:{}", "{}", "crops:{}", "mosaic:{}", "crops:features:{}", "features:{}?sidecar=a"]
+    "spec", ["features:{}", "{}", "shards:{}", "crops:{}", "mosaic:{}", "crops:features:{}", "features:{}?sidecar=a"]
 )
 def test_what_needs_images_is_refused_on_opening(made: Path, spec: str) -> None:
     with pytest.raises(ValueError, match="features stand in place of images, only training on a frozen vision tower"):
@@ -73,8 +73,9 @@ def test_verbs_that_look_at_images_refuse_features(
     assert "features stand in place of images" in capsys.readouterr().err
 
 
-def test_a_bare_path_is_recognised(made: Path) -> None:
-    source = open_source(str(made), features=True)
+@pytest.mark.parametrize("spec", ["{}", "{}/", "shards:{}", "{}/00000.tar", "shards:{}/*.tar", "features:{}"])
+def test_tars_of_features_are_recognised(made: Path, spec: str) -> None:
+    source = open_source(spec.format(made), features=True)
     assert isinstance(source, Features)
     assert source.size == 3
 

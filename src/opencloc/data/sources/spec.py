@@ -12,8 +12,8 @@ Options are the fields of the kind's config.
     mosaic:/data/pairs?grid=2-3&split=train
     crops:coco:/data/coco?split=train2017?seed=1
 
-A bare path is recognised: a folder with tars is `shards` (`features` where `features.json` lies among them), one in
-COCO's or Roboflow's layout `coco`, any other `folder`; a tar or a pattern of tars is `shards`.
+A bare path is recognised: a folder with tars is `shards`, one in COCO's or Roboflow's layout `coco`, any other
+`folder`; a tar or a pattern of tars is `shards`.  Tars among which `features.json` lies are `features` by any name.
 
 A local path that exists is taken as it is, whatever `[`, `{` or `?` is in it.  Elsewhere options begin at the last `?`
 that a `name=` follows.  A `?` at the very end says that there are none: `https://host/0.tar?key=value?`.
@@ -129,7 +129,7 @@ def parse_spec(spec: str) -> tuple[str, str, dict[str, str]]:
         kind, rest = None, spec
     location, options = _split_options(spec, rest)
     if kind is not None:
-        return kind, location, options
+        return _tars_kind(location) if kind == "shards" else kind, location, options
     prefix, colon, inner = location.partition(":")
     if colon and not inner.startswith(("//", ":")) and not files.exists(location):
         raise ValueError(f"{spec}: unknown kind {prefix!r}{_suggest(prefix, list(_CONFIGS))}")
@@ -194,17 +194,23 @@ def _kind_of(spec: str, location: str) -> str:
     """The kind of a bare path, by what lies there."""
     if files.is_folder(location):
         folder = location.rstrip("/")
-        inside = {os.path.basename(path) for path in files.children(folder)}
-        if any(name.endswith(".tar") for name in inside):
-            return "features" if INFO in inside else "shards"
+        if any(path.endswith(".tar") for path in files.children(folder)):
+            return _tars_kind(location)
         return "coco" if is_coco_folder(folder) else "folder"
     if re.search(r"\.tar$|[*{\[]", location):
-        return "shards"
+        return _tars_kind(location)
     if files.exists(location):
         raise ValueError(f"{spec}: a source is a folder or *.tar; or say KIND:LOCATION with {', '.join(_CONFIGS)}")
     if location in ("rich", "easy"):
         raise ValueError(f"{spec}: generated scenes are named scenes:{location}")
     raise FileNotFoundError(f"{location}: no such file or folder")
+
+
+def _tars_kind(location: str) -> str:
+    """`features` for tars on this machine among which `features.json` lies, else `shards`."""
+    local = files.local_path(location)
+    folders = () if local is None else (local, os.path.dirname(local))
+    return "features" if any(os.path.isfile(os.path.join(folder, INFO)) for folder in folders) else "shards"
 
 
 def _photos(spec: str, location: str, config: MosaicConfig) -> NamedSource:
