@@ -70,7 +70,9 @@ def assert_alike(one: Path, other: Path, *, atol: float) -> None:
 
 
 @pytest.mark.parametrize("frozen", FROZEN)
-@pytest.mark.parametrize(("family", "prompter"), [("clip", "cross"), ("clip", "pool_cross"), ("siglip2", "roi")])
+@pytest.mark.parametrize(
+    ("family", "prompter"), [("clip", "cross"), ("clip", "pool_cross"), ("siglip2", "roi"), ("siglip", "pool_cross")]
+)
 def test_features_train_what_images_train(
     family: str,
     prompter: str,

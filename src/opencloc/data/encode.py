@@ -140,7 +140,7 @@ def _info(config: EncodeConfig, predictor: Predictor, size: int) -> FeaturesInfo
     prompter = config.prompter or (model.config.prompter if is_cloc else "cross")
     width, num_patches = clip.vision_config.hidden_size, model.grid[0] * model.grid[1]
     shapes = {"tokens": (num_patches, width), "embedding": (model.embed_dim,)}
-    if PROMPTERS[prompter].reads_pool_input and clip.model_type == "clip":
+    if PROMPTERS[prompter].reads_pool_input and not towers.pools_tokens(clip):
         shapes["pool_input"] = (num_patches + 1, width)
     return FeaturesInfo(
         model=config.model,

@@ -384,8 +384,8 @@ class ClocModel(PreTrainedModel):
         if kept is not None and not self.prompter.allows_patch_dropout:
             raise ValueError(f"the {self.config.prompter} Prompter needs all patches: data.patch_dropout must be 0")
         if features is not None:
-            assert kept is None  # all patches were seen
             pooled, tokens, pool_input = features.embedding, features.tokens, features.pool_input
+            pool_input = tokens if towers.pools_tokens(self.clip.config) else pool_input
         else:
             assert pixel_values is not None
             pooled, tokens, pool_input = self._see(pixel_values, kept)

@@ -165,6 +165,11 @@ def patch_embeddings(towers: Any, tokens: Float[Tensor, "B L D"]) -> Float[Tenso
     return x + head.mlp(head.layernorm(x))
 
 
+def pools_tokens(config: Any) -> bool:
+    """Whether the pooling reads the patch tokens themselves (SigLIP), not what comes before the last layer (CLIP)."""
+    return config.model_type != "clip"
+
+
 @contextmanager
 def recorded_pool_input(towers: Any) -> Iterator[list[Float[Tensor, "B L D"]]]:
     """A list that receives, from every forward pass inside, the tokens that `pool` takes (CLIP: class token first)."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from opencloc.config import TrainConfig
 from opencloc.data.sample import Source
 from opencloc.data.sources.features import Features, how_made
+from opencloc.model import towers
 from opencloc.model.cloc import ClocModel
 from opencloc.model.fingerprint import vision_tower_id
 from opencloc.model.processor import ClocProcessor
@@ -41,7 +42,8 @@ def check_features(
         if how_made(source.info) != how_made(first.info):
             raise ValueError(f"{source.location} and {first.location} hold features that were not made in one way")
     info = first.info
-    if model.prompter.reads_pool_input and info.family == "clip" and "pool_input" not in info.shapes:
+    lacks_pool_input = "pool_input" not in info.shapes and not towers.pools_tokens(model.clip.config)
+    if model.prompter.reads_pool_input and lacks_pool_input:
         prompter = model.config.prompter
         raise ValueError(
             f"{first.location} lacks what the {prompter} Prompter reads: make the features with --prompter {prompter}"

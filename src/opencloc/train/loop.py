@@ -233,8 +233,8 @@ def forward(
     model: nn.Module, batch: Batch, config: LossConfig, bf16: bool = False, captions: bool = True
 ) -> ClocOutput:
     """The model's output for a batch; without regions if they have no weight."""
-    # a context for every pass: casts that autocast keeps from a pass without a graph would have none in the next
     seen = {"kept": batch.kept, "features": batch.features}
+    # a context for every pass: casts that autocast keeps from a pass without a graph would have none in the next
     with torch.autocast(batch.boxes.device.type, torch.bfloat16, enabled=bf16):
         if config.region_weight == 0:
             return model(batch.pixel_values, batch.input_ids, **seen)

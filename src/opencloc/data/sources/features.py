@@ -22,7 +22,6 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
-from torch import Tensor
 
 from opencloc import files
 from opencloc.config import Count, Strict, from_json
@@ -102,10 +101,7 @@ class Features(Shards):
         expected = {name: (*shape, torch.float16) for name, shape in self.info.shapes.items()}
         if shapes != expected | {"size_px": (2, torch.int32)} or min(size := found.pop("size_px").tolist()) < 1:
             raise BadSample("broken features", where, f"holds {shapes}, not what {INFO} says")
-        tensors: dict[str, Tensor] = {name: value[None] for name, value in found.items()}
-        if self.info.family != "clip":  # which pools its last layer's input; the others pool the tokens themselves
-            tensors["pool_input"] = tensors["tokens"]
-        return *size, ImageFeatures(grid=self.info.grid, **tensors)
+        return *size, ImageFeatures(grid=self.info.grid, **{name: value[None] for name, value in found.items()})
 
 
 def read_info(folder: str) -> FeaturesInfo:
