@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -135,6 +136,13 @@ def test_a_folder_of_something_else_is_left_alone(cloc: str, data: str, tmp_path
     features_of(data, cloc, tmp_path / "out")
     with pytest.raises(FileExistsError, match="num_images: 10 there, 5 asked for"):
         features_of(data, cloc, tmp_path / "out", num_images=5)
+
+
+def test_two_processes_do_not_write_in_one_folder(cloc: str, data: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with filelock.FileLock(tmp_path / "out" / ".lock"), pytest.raises(ValueError, match="another process is writing"):
+        features_of(data, cloc, tmp_path / "out")
+    assert features_of(data, cloc, tmp_path / "out").images == 10
 
 
 def test_images_that_cannot_be_used_are_counted(cloc: str, tmp_path: Path) -> None:

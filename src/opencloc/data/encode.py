@@ -38,7 +38,7 @@ from opencloc.data.tars.tar import FEATURES
 from opencloc.data.tars.urls import UNFINISHED
 from opencloc.data.tars.writer import TarWriter
 from opencloc.devices import Precision, computes_in_bf16
-from opencloc.errors import BadSample, and_skipped
+from opencloc.errors import BadSample, and_skipped, redacted
 from opencloc.images import letterbox_array
 from opencloc.model import towers
 from opencloc.model.fingerprint import vision_tower_id
@@ -152,7 +152,7 @@ def _info(config: EncodeConfig, predictor: Predictor, size: int) -> FeaturesInfo
         grid=model.grid,
         shapes=shapes,
         precision="bf16" if computes_in_bf16(config.precision, model.device) else "fp32",
-        data=config.data,
+        data=redacted(config.data),
         num_images=size,
     )
 
