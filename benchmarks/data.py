@@ -174,7 +174,7 @@ def batches(source: Shards, processor: ClocProcessor, number: int, batch_size: i
     made = training_batches(
         fresh(source), processor, batch_size=batch_size, start=first, stop=first + per_epoch, num_workers=0
     )
-    images = sum(len(batch.pixel_values) for batch in made)
+    images = sum(len(batch) for batch in made)
     return images, time.process_time() - start
 
 

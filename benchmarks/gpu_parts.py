@@ -264,7 +264,7 @@ def loading_rate(source: Any, processor: ClocProcessor, workers: int, sizes: Siz
     for _ in range(2):
         next(batches)
     started = time.perf_counter()
-    count = sum(len(batch.pixel_values) for batch in batches)
+    count = sum(len(batch) for batch in batches)
     if device.type == "cuda":
         torch.cuda.synchronize()
     return count / (time.perf_counter() - started)

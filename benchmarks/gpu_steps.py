@@ -131,7 +131,7 @@ def training_step(
     model: ClocModel, optimizer: torch.optim.Optimizer, batch: Batch, loss: LossConfig, micro: int | None = None
 ) -> Callable[[], None]:
     """A whole step of the training loop, in bf16 on a GPU."""
-    bf16 = batch.pixel_values.device.type == "cuda"
+    bf16 = batch.boxes.device.type == "cuda"
 
     def step() -> None:
         backward(model, batch, loss, micro, bf16=bf16, captions=model.clip.logit_scale.requires_grad)
@@ -146,9 +146,9 @@ def training_step(
 def count_flops(model: ClocModel, batch: Batch, loss: LossConfig) -> float:
     """GFLOP per image of forward, losses and backward pass."""
     with FlopCounterMode(display=False) as counter:
-        backward(model, batch, loss, None, bf16=batch.pixel_values.device.type == "cuda")
+        backward(model, batch, loss, None, bf16=batch.boxes.device.type == "cuda")
     model.zero_grad(set_to_none=True)
-    return counter.get_total_flops() / len(batch.pixel_values) / 1e9
+    return counter.get_total_flops() / len(batch) / 1e9
 
 
 def grow(
@@ -217,7 +217,7 @@ def variants(
         ),
     }
     steps["CLOC, micro-batches of a quarter"] = training_step(
-        model, optimizer, batch, LossConfig(), max(1, len(batch.pixel_values) // 4)
+        model, optimizer, batch, LossConfig(), max(1, len(batch) // 4)
     )
     for name, factors in (("the vision tower", LrFactors(vision=0)), ("both towers", LrFactors(towers=0))):
         steps[f"CLOC, {name} frozen"] = with_factors(model, factors, optimizer, batch)

@@ -59,10 +59,11 @@ def indexing_costs(model: str, count: int, rounds: int, place: Path) -> tuple[di
 
     from opencloc.data.sample import encode_image
     from opencloc.data.sources.spec import open_source
+    from opencloc.model.fingerprint import model_id
     from opencloc.model.predictor import load
     from opencloc.search.index import IMAGES_AT_ONCE, Job, Shard, index_shard
     from opencloc.search.photos import list_photos
-    from opencloc.search.regions import grid_boxes, model_id
+    from opencloc.search.regions import grid_boxes
     from opencloc.search.store import Settings, make_store, open_store
 
     predictor: Any = load(model)

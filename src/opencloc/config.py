@@ -117,7 +117,8 @@ class DataConfig(Strict):
 
     train: tuple[str, ...] = ("scenes:rich",)
     """Sources: `scenes:rich?num_things=120`, `shards:DIR/{00000..00099}.tar?sidecar=vesl`, `coco:DIR?split=train`,
-    `folder:DIR`, `mosaic:DIR?grid=2-3`; or a bare path."""
+    `folder:DIR`, `mosaic:DIR?grid=2-3`; or a bare path.  Where the vision tower is frozen also
+    `features:DIR`, which `opencloc data features` writes."""
     weights: tuple[Positive, ...] = ()
     """Share of each source; none: equal shares."""
     num_regions: Count = 4
@@ -129,7 +130,8 @@ class DataConfig(Strict):
     ones.  On several machines a multiple of their number, and a divisor of batch_size."""
     patch_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of every image's patches, drawn anew each time, that training leaves out (FLIP, Li et al. 2023): cheaper
-    steps that learn less each.  Regions of few patches may lose them all.  Not with the roi Prompter."""
+    steps that learn less each.  Regions of few patches may lose them all.  Not with the roi Prompter, nor on stored
+    features."""
     max_skipped_share: Annotated[Share, MAY_CHANGE] = 0.05
     """Share of unusable samples (broken image, missing shard, no label, ...) past which the run stops."""
 

@@ -129,6 +129,14 @@ def test_patch_dropout() -> None:
     assert len(whole) == len(part) == 1
 
 
+def test_features(run: Run, photos: Path) -> None:
+    out = run("features", "--data", photos, "--preset", "tiny", "--batch-size", 2, "--num-images", 4, "--rounds", 1)
+    figures = json.loads((out / "figures.json").read_text())
+    assert figures["encoding"]["images"] == 4
+    assert all(len(times) == 1 for times in figures["seconds"].values())
+    assert (out / "tables.md").read_text().count(": features |") == 2
+
+
 def test_regions(run: Run, photos: Path) -> None:
     out = run("regions", "--data", photos, "--rounds", 1, "--layers", 1, "--crops", 2)
     assert set(json.loads((out / "figures.json").read_text())["counts"]) == {"1", "10", "100", "1000"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from opencloc.data.batch import Batch, Example, collate, join, text_identity
+from opencloc.model.outputs import ImageFeatures
 from opencloc.model.processor import ClocProcessor
 
 CPU = torch.device("cpu")
@@ -81,8 +83,9 @@ def test_joining_counts_what_was_skipped_in_all_parts(processor: ClocProcessor) 
 def test_pixels_are_normalised_by_the_mean_and_deviation_of_the_processor(processor: ClocProcessor) -> None:
     rows = [example(i, []) for i in range(3)]
     batch = join([collate(rows, processor)], processor, CPU)
+    assert batch.pixel_values is not None
     assert batch.pixel_values.is_contiguous()
-    squares = np.stack([row.square for row in rows])
+    squares = np.stack([row.square for row in rows if row.square is not None])
     expected = (squares / 255 - processor.image_mean) / processor.image_std
     torch.testing.assert_close(batch.pixel_values, torch.from_numpy(expected.transpose(0, 3, 1, 2)).float())
 
@@ -90,8 +93,33 @@ def test_pixels_are_normalised_by_the_mean_and_deviation_of_the_processor(proces
 def test_micro_batches_hold_the_same_rows(processor: ClocProcessor) -> None:
     batch = join([collate([example(i, ["dog", "cat"][: i % 3]) for i in range(6)], processor)], processor, CPU)
     pieces = batch.split(2)
-    assert torch.equal(torch.cat([p.pixel_values for p in pieces]), batch.pixel_values)
+    assert [len(piece) for piece in pieces] == [2, 2, 2]
+    pixels = [p.pixel_values for p in pieces if p.pixel_values is not None]
+    assert batch.pixel_values is not None
+    assert torch.equal(torch.cat(pixels), batch.pixel_values)
     assert torch.equal(torch.cat([p.text_ids[p.text_index] for p in pieces]), batch.text_ids[batch.text_index])
+
+
+def test_features_are_joined_and_split_as_pixels_are(processor: ClocProcessor) -> None:
+    """Rows of float16 become float32; what the tower's pooling reads is carried where it is there."""
+
+    def stored(seed: int) -> ImageFeatures:
+        values = torch.arange(12.0).reshape(1, 4, 3).half() + seed
+        return ImageFeatures(embedding=values[:, 0], tokens=values, grid=(2, 2), pool_input=-values)
+
+    rows = [replace(example(i, ["dog"]), square=None, features=stored(i)) for i in range(5)]
+    batch = join([collate(rows[:2], processor), collate(rows[2:], processor)], processor, CPU)
+    assert batch.pixel_values is None
+    pieces = batch.split(2)
+    for number in range(5):
+        whole, piece = batch.features, pieces[number // 2].features
+        assert whole is not None
+        assert piece is not None
+        for found in (whole.map(lambda x, i=number: x[i : i + 1]), piece.map(lambda x, i=number % 2: x[i : i + 1])):
+            expected = stored(number).map(torch.Tensor.float)
+            assert all(
+                torch.equal(getattr(found, n), getattr(expected, n)) for n in ("embedding", "tokens", "pool_input")
+            )
 
 
 def test_text_identity_ignores_case_and_blanks_and_is_fixed_for_ever() -> None:

@@ -319,6 +319,8 @@ def test_bad_samples_are_replaced_counted_and_disturb_nobody_else(processor: Clo
     numbers = [good.locate(p)[1] for rows in _Rows(20, 4, 0, 1, 0, 1) for p in rows]
     hit = torch.tensor([n in (3, 4) for n in numbers])
     assert b.skipped["broken image"] >= int(hit.sum()) > 0
+    assert a.pixel_values is not None
+    assert b.pixel_values is not None
     assert torch.equal(a.pixel_values[~hit], b.pixel_values[~hit])
     assert not a.skipped
 

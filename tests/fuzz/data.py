@@ -80,7 +80,9 @@ def records(world: World, rng: Random) -> None:
     parts = [examples[position] for position in range(2)]
     batch = join([collate(parts, world.predictor.processor)], world.predictor.processor, torch.device("cpu"))
     check_boxes(batch.boxes.numpy())
-    check(bool(torch.isfinite(batch.pixel_values).all()), "pixels that are not finite")
+    check(
+        batch.pixel_values is not None and bool(torch.isfinite(batch.pixel_values).all()), "pixels that are not finite"
+    )
     with refusing("photo"):
         sample = source[0]
         check(not batch.skipped or not (sample.captions or sample.alt_text or sample.texts), "a sound sample skipped")

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from opencloc.model.fingerprint import model_id
 from opencloc.model.predictor import load
-from opencloc.search.regions import SAME, WHOLE, encode_regions, grid_boxes, model_id, thinned
+from opencloc.search.regions import SAME, WHOLE, encode_regions, grid_boxes, thinned
 from tests.search.conftest import photo
 
 

@@ -60,6 +60,7 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(
     model.double()
     examples = TrainingExamples([source], (), num_regions=3, image_size=32, seed=0, keep_patches=keep_patches)
     (batch,) = training_batches(examples, processor, batch_size=6, start=0, stop=1, num_workers=0)
+    assert batch.pixel_values is not None
     batch = replace(batch, pixel_values=batch.pixel_values.double(), boxes=batch.boxes.double(), skipped=Counter())
     loss = LossConfig(region_weight=region_weight)
     whole, _ = backward(model, batch, loss, None)

@@ -129,6 +129,7 @@ def test_frozen_parts_stay_as_they_are_and_the_others_learn(
 def test_frozen_towers_keep_nothing_for_a_backward_pass(config: MakeConfig, start: str, tmp_path: Path) -> None:
     model, batch = a_batch(frozen(config, tmp_path, start))
     kept: list[torch.Tensor] = []
+    assert batch.pixel_values is not None
     with saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         features = model.encode_image(batch.pixel_values)
         model.encode_text(batch.input_ids)
@@ -160,6 +161,7 @@ def test_micro_batches_give_frozen_parts_the_gradients_of_the_whole_batch(
 ) -> None:
     model, batch = a_batch(frozen(config, tmp_path, start, factors))
     model.double()
+    assert batch.pixel_values is not None
     batch = replace(batch, pixel_values=batch.pixel_values.double(), boxes=batch.boxes.double())
     gradients = []
     for micro_batch_size in (None, 2):

@@ -84,5 +84,6 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "data view": data.view,
     "data check": data.check,
     "data pack": data.pack_shards,
+    "data features": data.features,
     "data cache": data.cache,
 }

@@ -1,4 +1,4 @@
-"""Verbs that make and look at data sets: data scenes, stats, view, check, pack, cache."""
+"""Verbs that make and look at data sets: data scenes, stats, view, check, pack, features, cache."""
 
 from __future__ import annotations
 
@@ -77,6 +77,18 @@ def pack_shards(arguments: list[str]) -> None:
 
     config = parse(PackConfig, arguments, "data pack")
     report = pack(config)
+    print(f"{config.out}\n{report}")
+
+
+def features(arguments: list[str]) -> None:
+    """Encode images once by a checkpoint's vision tower, for training that leaves it frozen"""
+    from transformers.utils.logging import disable_progress_bar
+
+    from opencloc.data.encode import EncodeConfig, encode
+
+    config = parse(EncodeConfig, arguments, "data features")
+    disable_progress_bar()  # transformers' own
+    report = encode(config)
     print(f"{config.out}\n{report}")
 
 

@@ -13,12 +13,14 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from opencloc.model.outputs import ImageFeatures
 from opencloc.model.processor import ClocProcessor
 from opencloc.texts import canonical
 
@@ -27,19 +29,23 @@ from opencloc.texts import canonical
 class Example:
     """One sample made ready: everything but tokenisation."""
 
-    square: np.ndarray  # (S, S, 3) uint8
+    square: np.ndarray | None  # (S, S, 3) uint8
     caption: str
     boxes: np.ndarray  # (M, 4) in the square
     texts: list[str]  # at most M
     skipped: list[str]  # reasons of the samples that had to be replaced by this one
     kept: list[int] | None = None  # numbers of the K patches that training looks at; None: all
+    features: ImageFeatures | None = None  # of this one image, in place of the square
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One training batch, or a part of it.  Boxes are in the frame of the letterboxed square."""
+    """One training batch, or a part of it.  Boxes are in the frame of the letterboxed square.
 
-    pixel_values: Float[Tensor, "B 3 S S"] | UInt8[Tensor, "B S S 3"]  # bytes in a part, before `join`
+    It has either pixels or features.
+    """
+
+    pixel_values: Float[Tensor, "B 3 S S"] | UInt8[Tensor, "B S S 3"] | None  # bytes in a part, before `join`
     input_ids: Int[Tensor, "B T"]
     boxes: Float[Tensor, "B M 4"]
     valid: Bool[Tensor, "B M"]  # False where the image has fewer than M regions
@@ -48,21 +54,28 @@ class Batch:
     text_hash: Int[Tensor, "B M"]  # identity of the text across batches and processes
     skipped: Counter[str] = field(default_factory=Counter)  # samples that could not be used, by reason
     kept: Int[Tensor, "B K"] | None = None  # numbers of the patches that are looked at; None: all
+    features: ImageFeatures | None = None  # of the frozen vision tower, stored; float16 in a part
+
+    def __len__(self) -> int:
+        return len(self.boxes)
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory (the loader calls this by name)."""
-        return replace(self, **{k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)})
+        pinned = {k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **pinned, features=self.features and self.features.map(Tensor.pin_memory))
 
     def split(self, size: int) -> list[Batch]:
         """Micro-batches of `size` images; distinct texts are kept per micro-batch."""
         pieces = []
-        for start in range(0, len(self.pixel_values), size):
+        for start in range(0, len(self), size):
             rows = slice(start, start + size)
             used, index = torch.unique(self.text_index[rows], return_inverse=True)
-            names = ["pixel_values", "input_ids", "boxes", "valid", "text_hash"]
-            cut = {name: getattr(self, name)[rows] for name in names}
-            kept = None if self.kept is None else self.kept[rows]
-            pieces.append(Batch(**cut, text_ids=self.text_ids[used], text_index=index, kept=kept))
+            names = ["pixel_values", "input_ids", "boxes", "valid", "text_hash", "kept"]
+            cut: dict[str, Any] = {
+                name: None if (value := getattr(self, name)) is None else value[rows] for name in names
+            }
+            features = self.features and self.features.map(lambda x, rows=rows: x[rows])
+            pieces.append(Batch(**cut, text_ids=self.text_ids[used], text_index=index, features=features))
         return pieces
 
 
@@ -73,7 +86,10 @@ def text_identity(text: str) -> int:
 
 
 def collate(examples: Sequence[Example], processor: ClocProcessor) -> Batch:
-    """Examples as rows of a batch; every distinct region text becomes one row of `text_ids`."""
+    """Examples as rows of a batch; every distinct region text becomes one row of `text_ids`.
+
+    All of them have a square, or all have features.
+    """
     num_regions = len(examples[0].boxes)
     rows: dict[str, int] = {}
     index, hashes = np.zeros((2, len(examples), num_regions), dtype=np.int64)
@@ -83,8 +99,10 @@ def collate(examples: Sequence[Example], processor: ClocProcessor) -> Batch:
             index[b, m] = rows.setdefault(canonical(text), len(rows))
             hashes[b, m] = text_identity(text)
             valid[b, m] = True
+    squares = [example.square for example in examples if example.square is not None]
+    features = [example.features for example in examples if example.features is not None]
     return Batch(
-        pixel_values=torch.from_numpy(np.stack([example.square for example in examples])),
+        pixel_values=torch.from_numpy(np.stack(squares)) if squares else None,
         input_ids=processor.tokenize([example.caption for example in examples]),
         boxes=torch.from_numpy(np.stack([example.boxes for example in examples])),
         valid=torch.from_numpy(valid),
@@ -93,6 +111,7 @@ def collate(examples: Sequence[Example], processor: ClocProcessor) -> Batch:
         text_hash=torch.from_numpy(hashes),
         skipped=Counter(reason for example in examples for reason in example.skipped),
         kept=torch.tensor([example.kept for example in examples]) if examples[0].kept is not None else None,
+        features=ImageFeatures.cat(features) if features else None,
     )
 
 
@@ -100,16 +119,22 @@ def join(parts: Sequence[Batch], processor: ClocProcessor, device: torch.device)
     """The parts as one batch on `device`, the same as if their examples had been collated at once."""
     pad_id = processor.tokenizer.pad_token_id
     text_ids, text_index = _merge_texts(parts, pad_id)
-    squares = torch.cat([part.pixel_values.to(device, non_blocking=True) for part in parts])
+    squares = [part.pixel_values.to(device, non_blocking=True) for part in parts if part.pixel_values is not None]
+    features = [
+        part.features.map(lambda x: x.to(device, non_blocking=True).float())
+        for part in parts
+        if part.features is not None
+    ]
     names = ["boxes", "valid", "text_hash", *(["kept"] if parts[0].kept is not None else [])]
     whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
     return Batch(
-        pixel_values=processor.normalize(squares),
+        pixel_values=processor.normalize(torch.cat(squares)) if squares else None,
         input_ids=_stack([part.input_ids for part in parts], pad_id).to(device),
         text_ids=text_ids.to(device),
         text_index=text_index.to(device),
         **{name: value.to(device) for name, value in whole.items()},
         skipped=sum((part.skipped for part in parts), Counter()),
+        features=ImageFeatures.cat(features) if features else None,
     )
 
 

@@ -31,15 +31,14 @@ _FAR = 1e6  # JSON's numbers may have any number of digits; none beyond this is 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One image with what is known about it.
+class Record:
+    """What is known about one image.
 
     Raises `BadSample` on construction if a box is not finite, lies outside the image or is empty, a score lies outside
     [0, 1], a region text is empty, a text cannot be written in UTF-8, or boxes, texts and scores differ in number.
     """
 
     key: str
-    image: Image.Image  # RGB, decoded
     captions: tuple[str, ...] = ()  # any number of captions of the whole image
     alt_text: str | None = None  # what the web page said, if it differs from the captions
     boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), dtype=np.float32))  # (R, 4) XYXY, normalised
@@ -53,6 +52,18 @@ class Sample:
         problem = problem or text_problem(self.key, *self.captions, self.alt_text or "")
         if problem:
             raise BadSample(problem[0], where or self.key, problem[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(Record):
+    """One image with what is known about it.  Raises `BadSample` on construction, as `Record` does."""
+
+    image: Image.Image  # RGB, decoded
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """Width and height of the image."""
+        return self.image.size
 
 
 def region_problem(boxes: np.ndarray, texts: Sequence[str], scores: np.ndarray | None) -> tuple[str, str] | None:
@@ -120,7 +131,7 @@ def encode_image(image: Image.Image, image_format: ImageFormat = "jpg", quality:
     return buffer.getvalue()
 
 
-def encode_record(sample: Sample) -> bytes:
+def encode_record(sample: Record) -> bytes:
     """The JSON of a sample, of which `parse_record` makes the same captions, alt-text, boxes, texts and scores."""
     record: dict[str, Any] = {}
     if sample.captions:
@@ -144,7 +155,7 @@ def _short(number: np.float32) -> float:
 
 
 def parse_record(where: str, json_bytes: bytes | None, text_bytes: bytes | None) -> dict[str, Any]:
-    """The fields of a `Sample` but for key and image, from its `.json` and `.txt` (used where the JSON has no caption).
+    """The fields of a `Record` but for the key, from its `.json` and `.txt` (used where the JSON has no caption).
 
     Raises `BadSample` ("bad json", "bad utf-8", "bad box", "bad score") naming `where`.
     """

@@ -25,8 +25,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from opencloc.boxes import Letterbox
 from opencloc.data.batch import Batch, Example, collate, join
-from opencloc.data.sample import Sample, Source
+from opencloc.data.sample import Record, Sample, Source
 from opencloc.data.shuffle import SHUFFLE, WholeOrder, WindowedOrder, permutation
+from opencloc.data.sources.features import EncodedSample, Features
 from opencloc.data.sources.mosaic import NamedSource
 from opencloc.data.tars.shards import Shards
 from opencloc.errors import BadSample
@@ -86,6 +87,8 @@ class TrainingExamples(Dataset[Example]):
         parts: list[Any] = [self.seed, self.lanes, *self.shares.tolist()]
         for source in map(_stored, self.sources):
             parts.append(source.size)
+            if isinstance(source, Features):
+                parts.append(source.info.vision_tower)
             if isinstance(source, Shards):
                 parts += [source.counts.tobytes(), [url.rsplit("/", 1)[-1] for url in source.urls]]
             elif isinstance(source, NamedSource) and source.size is not None:
@@ -148,24 +151,25 @@ class TrainingExamples(Dataset[Example]):
                 last = error
         raise RuntimeError(f"{MAX_BAD_IN_A_ROW} unusable samples in a row, the last: {last}") from last  # pyright: ignore
 
-    def _example(self, sample: Sample, rng: random.Random, skipped: list[str]) -> Example:
+    def _example(self, sample: Sample | EncodedSample, rng: random.Random, skipped: list[str]) -> Example:
         caption = choose_caption(sample, rng)
         chosen = choose_regions(sample, self.num_regions, rng)
         boxes = self._whole.copy()
         if chosen:
-            letterbox = Letterbox(width_px=sample.image.width, height_px=sample.image.height)
-            boxes[: len(chosen)] = letterbox.to_square(sample.boxes[chosen])
+            width, height = sample.size_px
+            boxes[: len(chosen)] = Letterbox(width_px=width, height_px=height).to_square(sample.boxes[chosen])
         kept = None
         if self.keep_patches is not None:
             count, num_patches = self.keep_patches
             kept = sorted(rng.sample(range(num_patches), count))
         return Example(
-            square=letterbox_array(sample.image, self.image_size),
+            square=letterbox_array(sample.image, self.image_size) if isinstance(sample, Sample) else None,
             caption=caption,
             boxes=boxes,
             texts=[sample.texts[i] for i in chosen],
             skipped=skipped,
             kept=kept,
+            features=None if isinstance(sample, Sample) else sample.features,
         )
 
 
@@ -179,7 +183,7 @@ def _digest(parts: list[Any]) -> str:
     return hashlib.blake2b(repr(parts).encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
-def choose_regions(sample: Sample, count: int, rng: random.Random) -> list[int]:
+def choose_regions(sample: Record, count: int, rng: random.Random) -> list[int]:
     """Numbers of `count` regions at random, of all where there are no more, ascending.
 
     Of regions with the same box, which are wordings of one thing, a random one: together they would be negatives of
@@ -194,7 +198,7 @@ def choose_regions(sample: Sample, count: int, rng: random.Random) -> list[int]:
     return sorted(rng.sample(numbers, count) if len(numbers) > count else numbers)
 
 
-def choose_caption(sample: Sample, rng: random.Random) -> str:
+def choose_caption(sample: Record, rng: random.Random) -> str:
     """One of the captions at random; else the alt text; else the region texts in a row.
 
     Raises `BadSample` if there is no text at all.

@@ -365,23 +365,30 @@ class ClocModel(PreTrainedModel):
 
     def forward(
         self,
-        pixel_values: Float[Tensor, "B 3 S S"],
+        pixel_values: Float[Tensor, "B 3 S S"] | None,
         input_ids: Int[Tensor, "B T"] | PackedTexts | None,
         boxes: Float[Tensor, "B M 4"] | None = None,
         text_ids: Int[Tensor, "U W"] | PackedTexts | None = None,
         text_index: Int[Tensor, "B M"] | None = None,
         kept: Int[Tensor, "B K"] | None = None,
+        features: ImageFeatures | None = None,
     ) -> ClocOutput:
         """Everything the losses need, from one pass of each tower.
 
         Distinct region texts are encoded once: `text_ids` holds them, `text_index` says which of them each region has.
         Without boxes only the image-text part is computed (the CLIP baseline), without captions only the region part.
         `kept`: of each image, the numbers of the patches that are looked at (FLIP, Li et al. 2023); None: all.
-        Raises ValueError if the Prompter needs all.
+        `features`: what the vision tower made of the images before, in place of `pixel_values`; it then does not run.
+        Raises ValueError if the Prompter needs all patches.
         """
         if kept is not None and not self.prompter.allows_patch_dropout:
             raise ValueError(f"the {self.config.prompter} Prompter needs all patches: data.patch_dropout must be 0")
-        pooled, tokens, pool_input = self._see(pixel_values, kept)
+        if features is not None:
+            pooled, tokens, pool_input = features.embedding, features.tokens, features.pool_input
+            pool_input = tokens if towers.pools_tokens(self.clip.config) else pool_input
+        else:
+            assert pixel_values is not None
+            pooled, tokens, pool_input = self._see(pixel_values, kept)
         if isinstance(input_ids, PackedTexts) and isinstance(text_ids, PackedTexts) and boxes is not None:
             embeddings = self.encode_text(join(input_ids, text_ids))  # all in one pass of the tower
             caption, texts = embeddings.split([len(input_ids), len(text_ids)])

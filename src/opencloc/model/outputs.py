@@ -6,8 +6,10 @@ of the joint embedding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,6 +22,17 @@ class ImageFeatures:
     tokens: Float[Tensor, "B N D"]  # before pooling and projection
     grid: tuple[int, int]  # (rows, columns), rows * columns = N
     pool_input: Float[Tensor, "B L D"] | None = None  # for the `pool` Prompter: what the tower's pooling reads
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> ImageFeatures:
+        """The features with every tensor changed: cut to some rows, moved to a device, ..."""
+        tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
+
+    @classmethod
+    def cat(cls, parts: Sequence[ImageFeatures]) -> ImageFeatures:
+        """The features of several batches as those of one."""
+        names = [name for name, value in vars(parts[0]).items() if isinstance(value, Tensor)]
+        return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)

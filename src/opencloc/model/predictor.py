@@ -8,7 +8,7 @@ Symbols: P prompts, C names, E width of the joint embedding.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
@@ -124,7 +124,8 @@ class Predictor:
             features = self.model.encode_image(pixels.to(self.model.device))
             _check_embeddings(features.embedding, "image")
             for i, (photo, letterbox) in enumerate(zip(photos, letterboxes, strict=True)):
-                encoded.append(EncodedImage(features=_one(features, i), image=photo, letterbox=letterbox))
+                own = features.map(lambda x, i=i: x[i : i + 1])
+                encoded.append(EncodedImage(features=own, image=photo, letterbox=letterbox))
         return encoded
 
     @torch.no_grad()
@@ -346,13 +347,6 @@ def _captions(count: int, labels: Sequence[str], scores: Sequence[float] | np.nd
     except (TypeError, ValueError, OverflowError):
         raise TypeError(f"scores are real numbers, not {scores!r}"[:300]) from None
     return [f"{text} {mark}".strip() for text, mark in zip(texts, marks, strict=True)]
-
-
-def _one(features: ImageFeatures, index: int) -> ImageFeatures:
-    """The features of one image of a batch."""
-    values = {f.name: getattr(features, f.name) for f in fields(features)}
-    rows: dict[str, Any] = {k: v[index : index + 1] if isinstance(v, Tensor) else v for k, v in values.items()}
-    return ImageFeatures(**rows)
 
 
 def _check_encoded(image: Any) -> None:

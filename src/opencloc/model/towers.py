@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 from opencloc.model.packing import PackedTexts
 
 FAMILIES = ("clip", "siglip", "siglip2")
+VISION_PARTS = ("vision_model.", "visual_projection.")  # what the names of the vision tower's weights begin with
 
 
 def check_family(config: PreTrainedConfig) -> None:
@@ -162,6 +163,11 @@ def patch_embeddings(towers: Any, tokens: Float[Tensor, "B L D"]) -> Float[Tenso
     weight, bias = (x.chunk(3)[2] for x in (head.attention.in_proj_weight, head.attention.in_proj_bias))
     x = head.attention.out_proj(torch.nn.functional.linear(tokens, weight, bias))
     return x + head.mlp(head.layernorm(x))
+
+
+def pools_tokens(config: Any) -> bool:
+    """Whether the pooling reads the patch tokens themselves (SigLIP), not what comes before the last layer (CLIP)."""
+    return config.model_type != "clip"
 
 
 @contextmanager

@@ -22,10 +22,11 @@ from pydantic import Field
 
 from opencloc.config import Strict
 from opencloc.errors import BadSample, redacted
+from opencloc.model.fingerprint import model_id
 from opencloc.model.predictor import EVERYDAY, Predictor, load
 from opencloc.progress import Meter
 from opencloc.search.photos import Entry, Listing, Photo, list_photos, read_photo
-from opencloc.search.regions import WHOLE, RegionKind, Regions, encode_regions, grid_boxes, model_id
+from opencloc.search.regions import WHOLE, RegionKind, Regions, encode_regions, grid_boxes
 from opencloc.search.store import Known, Settings, make_store, open_store, writing
 from opencloc.vesl.detectors import load_detector
 from opencloc.vesl.workers import Outcome, Progress, WorkersConfig, describe, drive, say, start_workers

@@ -5,7 +5,6 @@ Symbols: B photos, P boxes of one photo, E width of the joint embedding.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -109,16 +108,3 @@ def encode_regions(
 
 def _in_square(boxes: np.ndarray, letterbox: Letterbox) -> torch.Tensor:
     return letterbox.to_square(torch.from_numpy(boxes)).clamp(0, 1)
-
-
-def model_id(model: ClocModel) -> str:
-    """A hash of all weights and of the kind of Prompter: 16 hexadecimal digits.
-
-    The rest of the configuration is left out: what matters of it is in the weights' names and shapes, and versions of
-    transformers write it differently.
-    """
-    digest = hashlib.blake2b(model.config.prompter.encode(), digest_size=8)
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().float().cpu().contiguous().numpy().data)
-    return digest.hexdigest()

@@ -46,6 +46,7 @@ from opencloc.train.distributed import (
     process_ranks,
     spread,
 )
+from opencloc.train.features import check_features
 from opencloc.train.folder import run_folder
 from opencloc.train.log import RunLog
 from opencloc.train.optim import learning_rate, make_optimizer, set_learning_rate, set_trained_parts
@@ -98,8 +99,9 @@ def run(config: TrainConfig, ranks: Ranks, device: torch.device, resume_from: Pa
     out = Path(config.out)
     bf16 = set_up(config, ranks, device, resume_from, "images")
     side = image_size(config, resume_from)
-    sources = [open_source(spec, image_px=side) for spec in config.data.train]
+    sources = [open_source(spec, image_px=side, features=True) for spec in config.data.train]
     model, processor = build_model(config, sources, resume_from)
+    check_features(sources, config, model, processor, is_start=resume_from is None)
     set_trained_parts(model, config.optim.lr_factors)
     model.to(device)  # pyright: ignore[reportArgumentType]
     parallel = spread(model, ranks, config.sharding)  # computes; `model` holds the parameters
@@ -203,8 +205,8 @@ def backward(
     micro-batches first, without a graph; the loss of the whole batch and its gradients with respect to them; then each
     micro-batch again, with a graph, fed with its share of those gradients.  A batch in one piece keeps its graph.
     """
-    size = min(micro_batch_size or len(batch.pixel_values), len(batch.pixel_values))
-    pieces = [batch] if (one := size == len(batch.pixel_values)) else batch.split(size)
+    size = min(micro_batch_size or len(batch), len(batch))
+    pieces = [batch] if (one := size == len(batch)) else batch.split(size)
     with torch.set_grad_enabled(one):
         outputs = [fields(forward(model, piece, config, bf16, captions)) for piece in pieces]
     cached = {
@@ -216,7 +218,7 @@ def backward(
     loss.total.backward()
     # every rank has its share of the gradient, and DDP and FSDP take the mean over ranks where a sum is wanted
     gradients = {name: value.grad * ranks.size for name, value in cached.items() if value.grad is not None}
-    rows = [len(piece.pixel_values) for piece in pieces]
+    rows = [len(piece) for piece in pieces]
     for i, piece in enumerate(pieces):
         with gradient_sync(model, wanted=i == len(pieces) - 1):
             part = outputs[i] if one else fields(forward(model, piece, config, bf16, captions))
@@ -231,12 +233,13 @@ def forward(
     model: nn.Module, batch: Batch, config: LossConfig, bf16: bool = False, captions: bool = True
 ) -> ClocOutput:
     """The model's output for a batch; without regions if they have no weight."""
+    seen = {"kept": batch.kept, "features": batch.features}
     # a context for every pass: casts that autocast keeps from a pass without a graph would have none in the next
-    with torch.autocast(batch.pixel_values.device.type, torch.bfloat16, enabled=bf16):
+    with torch.autocast(batch.boxes.device.type, torch.bfloat16, enabled=bf16):
         if config.region_weight == 0:
-            return model(batch.pixel_values, batch.input_ids, kept=batch.kept)
+            return model(batch.pixel_values, batch.input_ids, **seen)
         ids = batch.input_ids if captions else None
-        return model(batch.pixel_values, ids, batch.boxes, batch.text_ids, batch.text_index, batch.kept)
+        return model(batch.pixel_values, ids, batch.boxes, batch.text_ids, batch.text_index, **seen)
 
 
 def fields(output: ClocOutput) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from opencloc.config import LrFactors, OptimConfig
+from opencloc.model.towers import VISION_PARTS
 from opencloc.train.muon import Muon
 
 
@@ -39,7 +40,7 @@ def lr_factor(name: str, factors: LrFactors) -> float:
         return factors.heads
     if "clip." not in name:
         return factors.prompter
-    if "vision_model." in name or "visual_projection." in name:
+    if any(part in name for part in VISION_PARTS):
         return factors.vision_tower
     if "text_model." in name or "text_projection." in name:
         return factors.text_tower

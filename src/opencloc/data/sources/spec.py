@@ -1,8 +1,9 @@
 """Sources by name: `KIND:LOCATION?key=value&key=value`, the one way data is named on the command line and in configs.
 
-Kinds: `scenes` (generated, location `rich` or `easy`), `shards` (tars), `folder` (image files), `coco` (COCO-format
-JSON, also LVIS's and Objects365's), `grit`, `visual-genome`, `flickr30k-entities`, `refcoco`, `openimages`, `fg-clip`
-(those data sets' own files), `mosaic` (of the photos of any location), `crops` (of the regions of any location).
+Kinds: `scenes` (generated, location `rich` or `easy`), `shards` (tars), `features` (tars of encoded images, for
+training alone), `folder` (image files), `coco` (COCO-format JSON, also LVIS's and Objects365's), `grit`,
+`visual-genome`, `flickr30k-entities`, `refcoco`, `openimages`, `fg-clip` (those data sets' own files), `mosaic` (of the
+photos of any location), `crops` (of the regions of any location).
 Options are the fields of the kind's config.
 
     scenes:rich?num_things=120&seed=1
@@ -12,7 +13,7 @@ Options are the fields of the kind's config.
     crops:coco:/data/coco?split=train2017?seed=1
 
 A bare path is recognised: a folder with tars is `shards`, one in COCO's or Roboflow's layout `coco`, any other
-`folder`; a tar or a pattern of tars is `shards`.
+`folder`; a tar or a pattern of tars is `shards`.  Tars among which `features.json` lies are `features` by any name.
 
 A local path that exists is taken as it is, whatever `[`, `{` or `?` is in it.  Elsewhere options begin at the last `?`
 that a `name=` follows.  A `?` at the very end says that there are none: `https://host/0.tar?key=value?`.
@@ -26,7 +27,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -35,6 +36,7 @@ from opencloc.data.sample import Sample, Source
 from opencloc.data.scenes.scenes import SceneConfig, Scenes
 from opencloc.data.sources.coco import Coco, CocoConfig, is_coco_folder
 from opencloc.data.sources.crops import Crops, CropsConfig
+from opencloc.data.sources.features import INFO, Features
 from opencloc.data.sources.fg_clip import FgClipConfig, open_fg_clip
 from opencloc.data.sources.flickr_entities import FlickrEntitiesConfig, open_flickr_entities
 from opencloc.data.sources.folder import FolderConfig, ImageFolder
@@ -49,6 +51,7 @@ from opencloc.errors import BadSample
 _CONFIGS: dict[str, type] = {
     "scenes": SceneConfig,
     "shards": ShardsConfig,
+    "features": ShardsConfig,
     "folder": FolderConfig,
     "coco": CocoConfig,
     "grit": GritConfig,
@@ -62,12 +65,15 @@ _CONFIGS: dict[str, type] = {
 }
 
 
-def open_source(spec: str, *, image_px: int | None = None, sidecar: str | None = None) -> Source:
+def open_source(
+    spec: str, *, image_px: int | None = None, sidecar: str | None = None, features: bool = False
+) -> Source:
     """The source that `spec` names.
 
     `image_px`: the resolution that will be needed.  Generated scenes and mosaics are made at it; of photos, JPEGs are
     decoded no larger than needed for a long side of it.  An `image_px` in the spec itself wins.
     `sidecar`: the name of labels beside the images, as the option of that name.
+    `features`: a source of features (`Features`, whose samples have no images) will do as well.
 
     Raises `ValueError` naming the spec and what is wrong with it, with the allowed names or range, and
     `FileNotFoundError` for what is not there.
@@ -79,6 +85,10 @@ def open_source(spec: str, *, image_px: int | None = None, sidecar: str | None =
         options |= {"mode": location} if location else {}
     elif not location:
         raise ValueError(f"{spec}: a path must follow {kind}:")
+    if kind == "features" and not features:
+        raise ValueError(
+            f"{spec}: features stand in place of images, only training on a frozen vision tower reads them"
+        )
     if sidecar is not None and options.setdefault("sidecar", sidecar) != sidecar:
         raise ValueError(f"{spec} names other labels than {sidecar}")
     if image_px is not None and kind != "crops":
@@ -88,6 +98,7 @@ def open_source(spec: str, *, image_px: int | None = None, sidecar: str | None =
     openers: dict[str, Callable[[], Source]] = {
         "scenes": lambda: Scenes(config),
         "shards": lambda: Shards(location, config),
+        "features": lambda: cast(Any, Features(location, config)),  # no images
         "folder": lambda: ImageFolder(location, config),
         "coco": lambda: Coco(location, config),
         "grit": lambda: Grit(location, config),
@@ -118,7 +129,7 @@ def parse_spec(spec: str) -> tuple[str, str, dict[str, str]]:
         kind, rest = None, spec
     location, options = _split_options(spec, rest)
     if kind is not None:
-        return kind, location, options
+        return _tars_kind(location) if kind == "shards" else kind, location, options
     prefix, colon, inner = location.partition(":")
     if colon and not inner.startswith(("//", ":")) and not files.exists(location):
         raise ValueError(f"{spec}: unknown kind {prefix!r}{_suggest(prefix, list(_CONFIGS))}")
@@ -184,15 +195,22 @@ def _kind_of(spec: str, location: str) -> str:
     if files.is_folder(location):
         folder = location.rstrip("/")
         if any(path.endswith(".tar") for path in files.children(folder)):
-            return "shards"
+            return _tars_kind(location)
         return "coco" if is_coco_folder(folder) else "folder"
     if re.search(r"\.tar$|[*{\[]", location):
-        return "shards"
+        return _tars_kind(location)
     if files.exists(location):
         raise ValueError(f"{spec}: a source is a folder or *.tar; or say KIND:LOCATION with {', '.join(_CONFIGS)}")
     if location in ("rich", "easy"):
         raise ValueError(f"{spec}: generated scenes are named scenes:{location}")
     raise FileNotFoundError(f"{location}: no such file or folder")
+
+
+def _tars_kind(location: str) -> str:
+    """`features` for tars on this machine among which `features.json` lies, else `shards`."""
+    local = files.local_path(location)
+    folders = () if local is None else (local, os.path.dirname(local))
+    return "features" if any(os.path.isfile(os.path.join(folder, INFO)) for folder in folders) else "shards"
 
 
 def _photos(spec: str, location: str, config: MosaicConfig) -> NamedSource:

@@ -21,11 +21,10 @@ from opencloc.data.sample import Sample, parse_record
 from opencloc.data.sidecar import Sidecar, SidecarRow, sidecar_path, with_labels
 from opencloc.data.tars.cache import Prefetcher, local_tar
 from opencloc.data.tars.index import count_samples, load_index
-from opencloc.data.tars.tar import NOT_ADJACENT, ShardIndex, index_shard, iter_shard
+from opencloc.data.tars.tar import NOT_ADJACENT, ShardIndex, decode_stored, index_shard, iter_shard
 from opencloc.data.tars.urls import expand_urls
 from opencloc.data.tars.writer import ShardWriter
 from opencloc.errors import BadSample, and_skipped
-from opencloc.images import decode_image
 
 __all__ = [
     "ShardIndex",
@@ -129,6 +128,11 @@ class Shards:
         return self._read(*self._index(shard, row), row)[0]
 
     def __getitem__(self, index: int) -> Sample:
+        key, where, image, record = self._stored(index)
+        return Sample(key=key, image=decode_stored(image, where, self.config.image_px), where=where, **record)
+
+    def _stored(self, index: int) -> tuple[str, str, bytes, dict[str, Any]]:
+        """(key, name in errors, the image as it is stored, the other fields) of a sample; raises `BadSample`."""
         shard, row = self._locate(index)
         found, version = self._index(shard, row)
         key = found.keys[row]
@@ -140,8 +144,7 @@ class Shards:
         record = self.parse(where, json_bytes, text)
         if labels is not None:
             record = with_labels(record, labels.get(key), where)
-        decoded = decode_image(image, where, self.config.image_px)
-        return Sample(key=key, image=decoded, where=where, **record)
+        return key, where, image, record
 
     def parse(self, where: str, json_bytes: bytes | None, text: bytes | None) -> dict[str, Any]:
         """The fields of a sample but for key and image; raises `BadSample`."""

@@ -4,6 +4,9 @@ The format is `KEY.jpg|jpeg|png|webp` + `KEY.json` and/or `KEY.txt`, as img2data
 library a key is the member's folder and name up to the first dot, consecutive members of one key make a sample, and
 members that begin with a dot or have none are ignored.  Only plain (uncompressed) tars are read.
 
+In place of an image a sample may have `KEY.features.safetensors`, what a vision tower made of it
+(`opencloc.data.sources.features`).
+
 A tar without its end marker is truncated: its last sample may lack members, so it is dropped and reported.
 """
 
@@ -18,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
 from opencloc import files
 from opencloc.data.sample import IMAGE_EXTENSIONS, Sample, parse_record
@@ -25,6 +29,7 @@ from opencloc.errors import BadSample
 from opencloc.images import decode_image
 
 KEY = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$")  # webdataset's base_plus_ext
+FEATURES = "features.safetensors"  # the extension of what a vision tower made of an image
 DUPLICATE_KEY, NOT_ADJACENT = "duplicate key", "members of a sample are not adjacent"
 # What tarfile raises for damaged headers, whose sizes can be negative or larger than any memory.
 _TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, MemoryError)
@@ -78,7 +83,7 @@ class _Group:
 
     @property
     def image_extension(self) -> str | None:
-        return next((extension for extension in self.members if extension in IMAGE_EXTENSIONS), None)
+        return next((extension for extension in self.members if extension in (*IMAGE_EXTENSIONS, FEATURES)), None)
 
 
 def _groups(stream: io.BufferedIOBase, url: str, *, load: bool) -> Iterator[_Group | BadSample]:
@@ -93,7 +98,7 @@ def _groups(stream: io.BufferedIOBase, url: str, *, load: bool) -> Iterator[_Gro
                     again[member.extension] += 1
                     continue
                 group.members[member.extension] = member
-                if load and member.extension in (*IMAGE_EXTENSIONS, "json", "txt"):
+                if load and member.extension in (*IMAGE_EXTENSIONS, FEATURES, "json", "txt"):
                     stream.seek(member.offset)
                     group.data[member.extension] = stream.read(member.size)
             has_image = group.image_extension is not None
@@ -128,10 +133,17 @@ def iter_shard(url: str, max_px: int | None = None) -> Iterator[Sample | BadSamp
             else:
                 try:
                     record = parse_record(group.key, group.data.get("json"), group.data.get("txt"))
-                    image = decode_image(group.data[extension], group.key, max_px)
+                    image = decode_stored(group.data[extension], group.key, max_px)
                     yield Sample(key=group.key, image=image, **record)
                 except BadSample as bad:
                     yield bad
+
+
+def decode_stored(data: bytes, where: str, max_px: int | None) -> Image.Image:
+    """`decode_image` of what a tar holds; raises `BadSample` "features in place of the image" where it is that."""
+    if data[8:10] == b'{"':  # safetensors: the length of a header in JSON, then the header
+        raise BadSample("features in place of the image", where, "only training reads them, as features:LOCATION")
+    return decode_image(data, where, max_px)
 
 
 def _no_image(group: _Group) -> BadSample:
@@ -140,7 +152,7 @@ def _no_image(group: _Group) -> BadSample:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
-    """Where the samples of one tar lie in it.  S samples, all of them with an image."""
+    """Where the samples of one tar lie in it.  S samples, all of them with an image (or features)."""
 
     url: str
     keys: tuple[str, ...]

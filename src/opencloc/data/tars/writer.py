@@ -18,6 +18,47 @@ from opencloc.data.tars.tar import KEY
 from opencloc.data.tars.urls import UNFINISHED
 
 
+class TarWriter:
+    """Writes the samples of one tar, a context manager: the tar appears under its name when the block ends well.
+
+    Without a sample there is no tar.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path, self.keys = path, set[str]()
+        self._tar: tarfile.TarFile | None = None
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> TarWriter:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def add(self, key: str, members: Mapping[str, bytes]) -> str:
+        """Adds the files of a sample, by extension, and returns its key in the tar, where dots became underscores.
+
+        Raises `ValueError` for a key that a tar cannot hold or already holds, and for one that would leave the folder
+        into which the tar is unpacked.
+        """
+        folder, name = os.path.split(key)
+        name = name.replace(".", "_")
+        stored = f"{folder}/{name}" if folder else name
+        if not KEY.match(f"{stored}.jpg") or re.search(r"^/|\\|\0", stored) or ".." in stored.split("/"):
+            raise ValueError(f"{key!r} cannot be the key of a tar member")
+        if stored in self.keys:
+            raise ValueError(f"key {stored!r} comes twice in {self.path}")
+        self.keys.add(stored)
+        if self._tar is None:
+            partial = self._stack.enter_context(files.new_file(Path(self.path)))
+            self._tar = self._stack.enter_context(tarfile.open(partial, "w", format=tarfile.PAX_FORMAT))  # noqa: SIM115
+        for suffix, data in members.items():
+            info = tarfile.TarInfo(f"{stored}.{suffix}")
+            info.size = len(data)
+            self._tar.addfile(info, io.BytesIO(data))
+        return stored
+
+
 class ShardWriter:
     """Writes samples into `FOLDER/00000.tar`, `00001.tar`, ... of `samples_per_shard` each.
 
@@ -48,8 +89,7 @@ class ShardWriter:
         self._image_format: ImageFormat = image_format
         self._quality = quality
         self._job = None if job is None else json.loads(json.dumps(job))
-        self._keys: set[str] = set()  # in the tar being written
-        self._tar: tarfile.TarFile | None = None
+        self._tar: TarWriter | None = None  # the one being written
         self._file = contextlib.ExitStack()  # gives it its name
 
     def __enter__(self) -> ShardWriter:
@@ -73,8 +113,7 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if kind is None:
             self._finish()
-        elif self._tar is not None:
-            self._tar.close()
+        else:
             self._file.__exit__(kind, error, trace)
         if kind is None or not self.paths:
             os.unlink(os.path.join(self.folder, UNFINISHED))
@@ -86,39 +125,25 @@ class ShardWriter:
         `sample.image` is encoded.  Raises `ValueError` for a key that a tar cannot hold or already holds, and for one
         that would leave the folder into which the tar is unpacked.
         """
-        if len(self._keys) == self._samples_per_shard:
+        if self._tar is not None and len(self._tar.keys) == self._samples_per_shard:
             self._finish()
-        folder, name = os.path.split(sample.key)
-        name = name.replace(".", "_")
-        key = f"{folder}/{name}" if folder else name
-        if not KEY.match(f"{key}.jpg") or re.search(r"^/|\\|\0", key) or ".." in key.split("/"):
-            raise ValueError(f"{sample.key!r} cannot be the key of a tar member")
-        if key in self._keys:
-            raise ValueError(f"key {key!r} comes twice in {self._path}")
         extension = _image_extension(image_bytes) if image_bytes is not None else None
         if image_bytes is None or extension is None:
             extension = self._image_format
             image_bytes = encode_image(sample.image, self._image_format, self._quality)
         if self._tar is None:
-            partial = self._file.enter_context(files.new_file(Path(self._path)))
-            self._tar = tarfile.open(partial, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
-        self._keys.add(key)
-        for suffix, data in ((extension, image_bytes), ("json", encode_record(sample))):
-            info = tarfile.TarInfo(f"{key}.{suffix}")
-            info.size = len(data)
-            self._tar.addfile(info, io.BytesIO(data))
-        return key
+            self._tar = self._file.enter_context(TarWriter(self._path))
+        return self._tar.add(sample.key, {extension: image_bytes, "json": encode_record(sample)})
 
     @property
     def _path(self) -> str:
         return os.path.join(self.folder, f"{len(self.paths):05d}.tar")
 
     def _finish(self) -> None:
-        if self._tar is not None:
-            self._tar.close()
+        if self._tar is not None and self._tar.keys:
             self._file.close()
             self.paths.append(self._path)
-            self._tar, self._keys = None, set()
+            self._tar = None
             self._mark()
 
     def _mark(self) -> None:

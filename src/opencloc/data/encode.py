@@ -1,0 +1,302 @@
+"""Images encoded once by a checkpoint's vision tower, into tars of features (`opencloc data features`).
+
+Training that leaves the tower frozen reads them in place of the images (`opencloc.data.sources.features`).  A source of
+tars gets a tar of features for each, of the same name, so that labels beside its tars fit these too; the images of
+other sources are cut into tars of 1,000.  A tar appears when it is whole, then its `_stats.json`, which says that it is
+done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import filelock
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from safetensors.torch import save
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from opencloc import files
+from opencloc.config import Count, Strict, Whole, changed_fields, from_json, to_json
+from opencloc.data.sample import Source, encode_record
+from opencloc.data.sources.features import INFO, FeaturesInfo
+from opencloc.data.sources.labelled import left_out
+from opencloc.data.sources.spec import open_source
+from opencloc.data.tars.shards import Shards
+from opencloc.data.tars.tar import FEATURES
+from opencloc.data.tars.urls import UNFINISHED
+from opencloc.data.tars.writer import TarWriter
+from opencloc.devices import Precision, computes_in_bf16
+from opencloc.errors import BadSample, and_skipped, redacted
+from opencloc.images import letterbox_array
+from opencloc.model import towers
+from opencloc.model.fingerprint import vision_tower_id
+from opencloc.model.loading import load_config
+from opencloc.model.predictor import Predictor, load
+from opencloc.model.prompter import PROMPTERS
+from opencloc.progress import Meter
+
+SAMPLES_PER_TAR = 1000  # of sources that are no tars
+NOT_FINITE = "features are not finite in float16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig(Strict):
+    """Images encoded once, for training that leaves the vision tower frozen.
+
+    `opencloc train ... --optim.lr-factors.vision 0 --data.train features:OUT` then neither decodes images nor runs the
+    tower.  An image takes about 300 KB at ViT-B/16 and 224 pixels (196 tokens of 768 float16 numbers).
+    """
+
+    model: str
+    """Folder or hub id of the CLOC, CLIP, SigLIP or SigLIP 2 checkpoint that training will start from."""
+    data: str
+    """The images and their labels: a folder, tars, or any `KIND:LOCATION?key=value`, as training would read them."""
+    out: str
+    """Folder for the tars, on this machine; holds none yet, or those of the same command when it was stopped."""
+    prompter: Literal["cross", "encoder", "roi", "pool", "pool_cross"] | None = None
+    """The Prompter that will be trained; None: the checkpoint's own, of others `cross`.  For `pool` and `pool_cross`
+    on a CLIP twice as much is stored."""
+    num_images: Count | None = None
+    """How many images; all of a source that has an end."""
+    batch_size: Count = 64
+    """Images encoded at once."""
+    num_workers: Whole = 1
+    """Processes that decode images; 0 decodes in this one."""
+    precision: Precision = "auto"
+    """`bf16`, `fp32`, or `auto`: bf16 where the hardware has it, as in training."""
+    device: str = "auto"
+    """cpu, cuda, cuda:NUMBER or auto."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeReport:
+    """What a folder of features holds."""
+
+    images: int
+    tars: int
+    num_bytes: int  # of the tars
+    skipped: Counter[str]  # by reason
+
+    def __str__(self) -> str:
+        size = f"{self.num_bytes / 1e9:.2f} GB, {self.num_bytes / self.images / 1e3:.0f} KB per image"
+        return f"features of {self.images:,} images in {self.tars:,} tars, {size}{and_skipped(self.skipped)}"
+
+
+def encode(config: EncodeConfig) -> EncodeReport:
+    """Writes the features and says what is there; a finished folder of the same command is left as it is.
+
+    A sample that cannot be used is left out and counted.  Run again after it was stopped, the same command goes on
+    after the last whole tar, and ends with the same files.  Raises as `open_source` and `opencloc.load`,
+    `FileExistsError` if the folder holds something else, `ValueError` if none of the images can be used or another
+    process writes there.
+    """
+    predictor = load(config.model, config.device)
+    source = open_source(config.data, image_px=predictor.processor.image_size)
+    size = source.size if config.num_images is None else min(config.num_images, source.size or config.num_images)
+    if size is None:
+        raise ValueError(f"{config.data} has no end: say how many images by --num-images")
+    info, out = _info(config, predictor, size), Path(config.out)
+    tars = _tars(source, size, out)
+    with _held(out):
+        if _is_finished(out, info):
+            print(f"{out} is finished: nothing is left to do", file=sys.stderr)
+        else:
+            files.write_text(out / UNFINISHED, to_json(info))
+            _write(config, predictor, source, info, tars)
+        images, skipped = 0, left_out(source)
+        for path in tars:
+            stats = json.loads(_stats(path).read_bytes())
+            images, skipped = images + stats["successes"], skipped + Counter(stats["skipped"])
+        if not images:
+            for leftover in [*map(_stats, tars), out / UNFINISHED]:
+                leftover.unlink(missing_ok=True)
+            raise ValueError(f"{config.data}: none of {size:,} images can be used{and_skipped(skipped)}")
+        files.write_text(out / INFO, to_json(info))
+        (out / UNFINISHED).unlink(missing_ok=True)
+    made = [path.stat().st_size for path in tars if path.exists()]
+    return EncodeReport(
+        images=images, tars=len(made), num_bytes=sum(made), skipped=Counter(dict(skipped.most_common()))
+    )
+
+
+def _info(config: EncodeConfig, predictor: Predictor, size: int) -> FeaturesInfo:
+    """What `features.json` will say."""
+    model, processor = predictor.model, predictor.processor
+    clip: Any = model.config.clip_config
+    mean, std = ((a, b, c) for a, b, c in (processor.image_mean, processor.image_std))
+    is_cloc = load_config(config.model).model_type == "cloc"
+    prompter = config.prompter or (model.config.prompter if is_cloc else "cross")
+    width, num_patches = clip.vision_config.hidden_size, model.grid[0] * model.grid[1]
+    shapes = {"tokens": (num_patches, width), "embedding": (model.embed_dim,)}
+    if PROMPTERS[prompter].reads_pool_input and not towers.pools_tokens(clip):
+        shapes["pool_input"] = (num_patches + 1, width)
+    return FeaturesInfo(
+        model=config.model,
+        vision_tower=vision_tower_id(model.clip),
+        family=clip.model_type,
+        image_size=processor.image_size,
+        image_mean=mean,
+        image_std=std,
+        grid=model.grid,
+        shapes=shapes,
+        precision="bf16" if computes_in_bf16(config.precision, model.device) else "fp32",
+        data=redacted(config.data),
+        num_images=size,
+    )
+
+
+def _tars(source: Source, size: int, out: Path) -> dict[Path, range]:
+    """The tars to be made, and the numbers of the samples of each."""
+    if not isinstance(source, Shards):
+        starts = range(0, size, SAMPLES_PER_TAR)
+        return {out / f"{i:05d}.tar": range(n, min(n + SAMPLES_PER_TAR, size)) for i, n in enumerate(starts)}
+    ends = np.minimum(np.cumsum(source.counts), size).tolist()
+    names = [url.rsplit("/", 1)[-1] for url in source.urls]
+    if len(set(names)) < len(names) or not all(re.fullmatch(r"[\w-][\w.-]*\.tar", name) for name in names):
+        names = [f"{i:05d}.tar" for i in range(len(names))]  # from several folders, or of URLs with more than a name
+    numbers = map(range, [0, *ends[:-1]], ends)
+    return {out / name: own for name, own in zip(names, numbers, strict=True) if own}
+
+
+def _stats(path: Path) -> Path:
+    """What says that a tar is done, and how many samples it holds (`opencloc.data.tars.index` reads it)."""
+    return path.with_name(f"{path.stem}_stats.json")
+
+
+@contextlib.contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """The folder, made if need be and held by a lock that falls with its process."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ValueError(f"{out}: another process is writing in this folder") from None
+    try:
+        files.sweep(out)
+        yield
+    finally:
+        lock.release()
+
+
+def _is_finished(out: Path, info: FeaturesInfo) -> bool:
+    """Whether the folder holds these features already; raises `FileExistsError` if it holds anything else."""
+    for name in (UNFINISHED, INFO):
+        if (path := out / name).exists():
+            there = from_json(FeaturesInfo, path.read_bytes(), path)
+            if changed := changed_fields(there, info):
+                lines = "\n".join(f"  {field}: {values}" for field, values in changed.items())
+                raise FileExistsError(f"{out} holds other features; choose an empty folder\n{lines}")
+            return name == INFO
+    if tar := next(out.glob("*.tar"), None):
+        raise FileExistsError(f"{out} holds tars already ({tar.name}, ...): choose an empty folder")
+    return False
+
+
+# -- encoding ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Image:
+    """An image made ready, and what is stored beside its features."""
+
+    number: int
+    key: str
+    record: bytes
+    size_px: tuple[int, int]
+    square: UInt8[np.ndarray, "S S 3"]
+
+
+class _Images(Dataset[_Image | str]):
+    """Number of a sample -> its image, or the reason why it cannot be used."""
+
+    def __init__(self, source: Source, image_size: int) -> None:
+        self.source, self.image_size = source, image_size
+
+    def __getitem__(self, number: int) -> _Image | str:
+        try:
+            sample = self.source[number]
+        except BadSample as bad:
+            return bad.reason
+        return _Image(
+            number=number,
+            key=sample.key,
+            record=encode_record(sample),
+            size_px=sample.size_px,
+            square=letterbox_array(sample.image, self.image_size),
+        )
+
+
+def _write(
+    config: EncodeConfig, predictor: Predictor, source: Source, info: FeaturesInfo, tars: Mapping[Path, range]
+) -> None:
+    """Makes the tars that are not done."""
+    todo = {path: numbers for path, numbers in tars.items() if not _stats(path).exists()}
+    batches = [n[i : i + config.batch_size] for n in todo.values() for i in range(0, len(n), config.batch_size)]
+    done = info.num_images - sum(map(len, todo.values()))
+    if done:
+        print(f"{config.out}: going on at image {done:,} of {info.num_images:,}", file=sys.stderr)
+    loader = DataLoader(
+        _Images(source, info.image_size),
+        batch_sampler=batches,  # pyright: ignore[reportArgumentType]
+        collate_fn=list,
+        num_workers=config.num_workers,
+    )
+    made = iter(loader)
+    with Meter("encoding", info.num_images, start=done) as meter:
+        for path, numbers in todo.items():
+            skipped, left = Counter[str](), len(numbers)
+            with TarWriter(str(path)) as tar:
+                while left:
+                    batch: list[_Image | str] = next(made)
+                    images = [one for one in batch if isinstance(one, _Image)]
+                    skipped.update(one for one in batch if isinstance(one, str))
+                    for image, features in zip(images, _features(predictor, images, info), strict=True):
+                        if features is None:
+                            skipped[NOT_FINITE] += 1
+                        else:
+                            _add(tar, image, features)
+                    left -= len(batch)
+                    meter.advance(len(batch))
+            files.write_json(_stats(path), {"successes": len(tar.keys), "skipped": dict(skipped)})
+
+
+def _add(tar: TarWriter, image: _Image, features: Mapping[str, Tensor]) -> None:
+    """Adds an image's features and record, under another key where the tar cannot have its own."""
+    members = {FEATURES: save({**features, "size_px": torch.tensor(image.size_px, dtype=torch.int32)})}
+    members["json"] = image.record
+    try:
+        tar.add(image.key, members)
+    except ValueError:
+        tar.add(f"sample-{image.number}", members)
+
+
+@torch.no_grad()
+def _features(predictor: Predictor, images: Sequence[_Image], info: FeaturesInfo) -> Iterator[dict[str, Tensor] | None]:
+    """The tensors of each image as they are stored; None where one of their numbers is none, or too large."""
+    if not images:
+        return
+    clip, device = predictor.model.clip, predictor.model.device
+    squares = torch.from_numpy(np.stack([image.square for image in images])).to(device)
+    with (
+        torch.autocast(device.type, torch.bfloat16, enabled=info.precision == "bf16"),
+        towers.recorded_pool_input(clip) as pool_inputs,
+    ):
+        pooled, tokens = towers.vision_forward(clip, predictor.processor.normalize(squares))
+    made = {"tokens": tokens, "embedding": F.normalize(pooled.float(), dim=-1), "pool_input": pool_inputs[0]}
+    stored = {name: made[name].to(torch.float16).cpu() for name in info.shapes}
+    for row in range(len(images)):
+        features = {name: value[row].contiguous() for name, value in stored.items()}
+        yield features if all(value.isfinite().all() for value in features.values()) else None
