@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -38,6 +39,21 @@ def data(tmp_path: Path) -> str:
 @pytest.fixture
 def cloc(tower_config: Callable[[str], Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> str:
     return save_cloc(tmp_path / "cloc", tower_config("clip"), tokenizer)
+
+
+def _at_calls(monkeypatch: pytest.MonkeyPatch, actions: dict[int, Callable[[], Any]]) -> None:
+    """Lets something happen when the tower is run for the first, second, ... time."""
+    forward, calls = towers.vision_forward, itertools.count(1)
+
+    def watched(*arguments: Any) -> Any:
+        actions.get(next(calls), lambda: None)()
+        return forward(*arguments)
+
+    monkeypatch.setattr(towers, "vision_forward", watched)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("prompter", ["cross", "pool_cross"])
@@ -101,15 +117,10 @@ def test_a_stopped_command_goes_on_and_ends_with_the_same_files(
     whole = features_of(data, cloc, tmp_path / "whole")
     assert whole.skipped == {"broken image": 1}
 
-    forward, calls = towers.vision_forward, []
+    def stop() -> None:
+        raise KeyboardInterrupt
 
-    def interrupted(*arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 4:  # in the second tar
-            raise KeyboardInterrupt
-        return forward(*arguments)
-
-    monkeypatch.setattr(towers, "vision_forward", interrupted)
+    _at_calls(monkeypatch, {4: stop})  # in the second tar
     with pytest.raises(KeyboardInterrupt):
         features_of(data, cloc, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["00000.tar"]
@@ -119,23 +130,101 @@ def test_a_stopped_command_goes_on_and_ends_with_the_same_files(
     (tmp_path / "out" / ".00001.tar.elsewhere-1.partial").write_bytes(b"killed")
     assert features_of(data, cloc, tmp_path / "out") == whole
     assert "going on at image 4 of 10" in capsys.readouterr().err
-    made, expected = (
-        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("out", "whole")
-    )
-    assert made == expected
+    assert _contents(tmp_path / "out") == _contents(tmp_path / "whole")
 
-    calls.clear()
+    _at_calls(monkeypatch, {1: stop})
     assert features_of(data, cloc, tmp_path / "out") == whole  # once more
     assert "is finished: nothing is left to do" in capsys.readouterr().err
-    assert calls == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_tar_whose_source_goes_missing_is_left_to_another_run(
+    num_workers: int,
+    cloc: str,
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = features_of(data, cloc, tmp_path / "whole")
+    lost, out = Path(data) / "00001.tar", tmp_path / "out"
+    shards = open_source(data)
+    monkeypatch.setattr(encoding, "open_source", lambda *_, **__: shards)  # counted while it was there
+    lost.rename(tmp_path / "away")
+    report = features_of(data, cloc, out, num_workers=num_workers)
+    assert (report.images, report.tars, report.exit_code, report.skipped) == (6, 2, 1, {})
+    assert list(report.failed) == [f"{out}/00001.tar"]
+    assert "1 tar given up:\n" in str(report)
+    assert str(report).endswith("Run the same command again to go on; finished tars are kept.")
+    assert f"{out}/00001.tar: attempt 3 of 3 failed: {lost}: missing shard" in capsys.readouterr().err
+    assert open_source(str(out), features=True).size == 6
+
+    (tmp_path / "away").rename(lost)
+    assert features_of(data, cloc, out, num_workers=num_workers) == whole
+    assert "going on at image 6 of 10" in capsys.readouterr().err
+    assert _contents(out) == _contents(tmp_path / "whole")
+
+
+def test_a_tar_whose_source_comes_back_is_made_after_the_others(
+    cloc: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = features_of(data, cloc, tmp_path / "whole")
+    source, away = Path(data) / "00001.tar", tmp_path / "away"
+    # the tars have batches of 3 + 1, 3 + 1, 2 images: the second is lost when it is half read
+    _at_calls(monkeypatch, {3: lambda: source.rename(away), 4: lambda: away.rename(source)})
+    assert features_of(data, cloc, tmp_path / "out") == whole
+    assert "00001.tar: attempt 1 of 3 failed: " in (said := capsys.readouterr().err)
+    assert "attempt 2" not in said
+    assert _contents(tmp_path / "out") == _contents(tmp_path / "whole")
+
+
+def test_tars_that_are_missing_from_the_start_are_refused(cloc: str, data: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"2 of 5 tars cannot be read: .*/in/00003\.tar"):
+        features_of(f"{data}/{{00000..00004}}.tar", cloc, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_any_tar_nothing_is_left_behind(
+    cloc: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = open_source(data)
+    monkeypatch.setattr(encoding, "open_source", lambda *_, **__: shards)
+    shutil.move(data, tmp_path / "away")
+    with pytest.raises(ValueError, match=r"none of 10 images can be used\n3 tars given up:\n  .*: missing shard"):
+        features_of(data, cloc, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {".lock"}
 
 
 def test_a_folder_of_something_else_is_left_alone(cloc: str, data: str, tmp_path: Path) -> None:
+    half = Path(data) / ".00003.tar.elsewhere-1.partial"
+    half.write_bytes(b"of another command")
     with pytest.raises(FileExistsError, match="holds tars already"):
         features_of(data, cloc, Path(data))
+    assert half.exists()
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack/_unfinished.json").write_text('{"job": {}, "tars": 1, "progress": {}}')
+    with pytest.raises(FileExistsError, match=r"_unfinished\.json is not what this command writes"):
+        features_of(data, cloc, tmp_path / "pack")
     features_of(data, cloc, tmp_path / "out")
     with pytest.raises(FileExistsError, match="num_images: 10 there, 5 asked for"):
         features_of(data, cloc, tmp_path / "out", num_images=5)
+
+
+def test_other_writers_leave_unfinished_features_alone(
+    cloc: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    _at_calls(monkeypatch, {3: stop})
+    with pytest.raises(KeyboardInterrupt):
+        features_of(data, cloc, tmp_path / "out")
+    for job in (None, {}):
+        with (
+            pytest.raises(FileExistsError, match="holds an unfinished job"),
+            ShardWriter(str(tmp_path / "out"), job=job),
+        ):
+            pass
 
 
 def test_two_processes_do_not_write_in_one_folder(cloc: str, data: str, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def pack_shards(arguments: list[str]) -> None:
     print(f"{config.out}\n{report}")
 
 
-def features(arguments: list[str]) -> None:
+def features(arguments: list[str]) -> int:
     """Encode images once by a checkpoint's vision tower, for training that leaves it frozen"""
     from transformers.utils.logging import disable_progress_bar
 
@@ -90,6 +90,7 @@ def features(arguments: list[str]) -> None:
     disable_progress_bar()  # transformers' own
     report = encode(config)
     print(f"{config.out}\n{report}")
+    return report.exit_code
 
 
 def cache(arguments: list[str]) -> None:

@@ -9,12 +9,14 @@ done.
 from __future__ import annotations
 
 import contextlib
-import json
+import copy
+import itertools
+import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +35,7 @@ from opencloc.data.sample import Source, encode_record
 from opencloc.data.sources.features import INFO, FeaturesInfo
 from opencloc.data.sources.labelled import left_out
 from opencloc.data.sources.spec import open_source
-from opencloc.data.tars.shards import Shards
+from opencloc.data.tars.shards import OF_A_FILE, Shards
 from opencloc.data.tars.tar import FEATURES
 from opencloc.data.tars.urls import UNFINISHED
 from opencloc.data.tars.writer import TarWriter
@@ -48,6 +50,7 @@ from opencloc.model.prompter import PROMPTERS
 from opencloc.progress import Meter
 
 SAMPLES_PER_TAR = 1000  # of sources that are no tars
+MAX_ATTEMPTS = 3  # at a tar whose source cannot be read
 NOT_FINITE = "features are not finite in float16"
 
 
@@ -69,7 +72,7 @@ class EncodeConfig(Strict):
     """The Prompter that will be trained; None: the checkpoint's own, of others `cross`.  For `pool` and `pool_cross`
     on a CLIP twice as much is stored."""
     num_images: Count | None = None
-    """How many images; all of a source that has an end."""
+    """How many images, the first ones; None: all of a source that has an end."""
     batch_size: Count = 64
     """Images encoded at once."""
     num_workers: Whole = 1
@@ -88,47 +91,75 @@ class EncodeReport:
     tars: int
     num_bytes: int  # of the tars
     skipped: Counter[str]  # by reason
+    failed: dict[str, str] = field(default_factory=dict)  # tars that are missing -> why, after all attempts
+
+    @property
+    def exit_code(self) -> int:
+        """Exit status of the command: 1 if a tar is missing."""
+        return 1 if self.failed else 0
 
     def __str__(self) -> str:
         size = f"{self.num_bytes / 1e9:.2f} GB, {self.num_bytes / self.images / 1e3:.0f} KB per image"
-        return f"features of {self.images:,} images in {self.tars:,} tars, {size}{and_skipped(self.skipped)}"
+        lines = [f"features of {self.images:,} images in {self.tars:,} tars, {size}{and_skipped(self.skipped)}"]
+        if self.failed:
+            lines += [*_given_up(self.failed), "Run the same command again to go on; finished tars are kept."]
+        return "\n".join(lines)
+
+
+def _given_up(failed: Mapping[str, str]) -> list[str]:
+    count = f"{len(failed):,} tar{'' if len(failed) == 1 else 's'} given up:"
+    return [count, *(redacted(f"  {tar}: {why}") for tar, why in failed.items())]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarStats(Strict):
+    """What the `_stats.json` of a tar says."""
+
+    successes: Whole  # samples in it (`opencloc.data.tars.index` reads this)
+    skipped: dict[str, int]  # by reason
 
 
 def encode(config: EncodeConfig) -> EncodeReport:
     """Writes the features and says what is there; a finished folder of the same command is left as it is.
 
-    A sample that cannot be used is left out and counted.  Run again after it was stopped, the same command goes on
-    after the last whole tar, and ends with the same files.  Raises as `open_source` and `opencloc.load`,
-    `FileExistsError` if the folder holds something else, `ValueError` if none of the images can be used or another
-    process writes there.
+    A sample that cannot be used is left out and counted.  A tar whose source cannot be read is tried again up to
+    `MAX_ATTEMPTS` times, after the others; then training can do without it, and the same command makes it later.  Run
+    again after it was stopped, the same command goes on after the last whole tar, and ends with the same files.
+
+    Raises as `open_source` and `opencloc.load`, `FileExistsError` if the folder holds something else, `ValueError` if
+    some of the source's tars cannot be counted, none of the images can be used or another process writes there.
     """
     predictor = load(config.model, config.device)
     source = open_source(config.data, image_px=predictor.processor.image_size)
+    if isinstance(source, Shards) and (unknown := source.unknown):  # the numbers of all later samples depend on them
+        raise ValueError(f"{config.data}: {len(unknown)} of {len(source.urls)} tars cannot be read: {unknown[0]}, ...")
     size = source.size if config.num_images is None else min(config.num_images, source.size or config.num_images)
     if size is None:
         raise ValueError(f"{config.data} has no end: say how many images by --num-images")
     info, out = _info(config, predictor, size), Path(config.out)
     tars = _tars(source, size, out)
     with _held(out):
-        if _is_finished(out, info):
-            print(f"{out} is finished: nothing is left to do", file=sys.stderr)
-        else:
+        _check_folder(out, info)
+        files.sweep(out)
+        failed: dict[str, str] = {}
+        if todo := {path: numbers for path, numbers in tars.items() if not _stats(path).exists()}:
             files.write_text(out / UNFINISHED, to_json(info))
-            _write(config, predictor, source, info, tars)
-        images, skipped = 0, left_out(source)
-        for path in tars:
-            stats = json.loads(_stats(path).read_bytes())
-            images, skipped = images + stats["successes"], skipped + Counter(stats["skipped"])
+            failed = _write(config, predictor, source, info, todo)
+        else:
+            print(f"{out} is finished: nothing is left to do", file=sys.stderr)
+        done = [from_json(TarStats, path.read_bytes(), path) for path in map(_stats, tars) if path.exists()]
+        images = sum(one.successes for one in done)
+        skipped = sum((Counter(one.skipped) for one in done), left_out(source))
         if not images:
             for leftover in [*map(_stats, tars), out / UNFINISHED]:
                 leftover.unlink(missing_ok=True)
-            raise ValueError(f"{config.data}: none of {size:,} images can be used{and_skipped(skipped)}")
+            why = "\n".join([and_skipped(skipped), *(_given_up(failed) if failed else [])])
+            raise ValueError(f"{config.data}: none of {size:,} images can be used{why}")
         files.write_text(out / INFO, to_json(info))
         (out / UNFINISHED).unlink(missing_ok=True)
     made = [path.stat().st_size for path in tars if path.exists()]
-    return EncodeReport(
-        images=images, tars=len(made), num_bytes=sum(made), skipped=Counter(dict(skipped.most_common()))
-    )
+    skipped = Counter(dict(skipped.most_common()))
+    return EncodeReport(images=images, tars=len(made), num_bytes=sum(made), skipped=skipped, failed=failed)
 
 
 def _info(config: EncodeConfig, predictor: Predictor, size: int) -> FeaturesInfo:
@@ -145,7 +176,6 @@ def _info(config: EncodeConfig, predictor: Predictor, size: int) -> FeaturesInfo
     return FeaturesInfo(
         model=config.model,
         vision_tower=vision_tower_id(model.clip),
-        family=clip.model_type,
         image_size=processor.image_size,
         image_mean=mean,
         image_std=std,
@@ -171,7 +201,7 @@ def _tars(source: Source, size: int, out: Path) -> dict[Path, range]:
 
 
 def _stats(path: Path) -> Path:
-    """What says that a tar is done, and how many samples it holds (`opencloc.data.tars.index` reads it)."""
+    """What says that a tar is done: its `TarStats`."""
     return path.with_name(f"{path.stem}_stats.json")
 
 
@@ -185,24 +215,25 @@ def _held(out: Path) -> Iterator[None]:
     except filelock.Timeout:
         raise ValueError(f"{out}: another process is writing in this folder") from None
     try:
-        files.sweep(out)
         yield
     finally:
         lock.release()
 
 
-def _is_finished(out: Path, info: FeaturesInfo) -> bool:
-    """Whether the folder holds these features already; raises `FileExistsError` if it holds anything else."""
-    for name in (UNFINISHED, INFO):
-        if (path := out / name).exists():
-            there = from_json(FeaturesInfo, path.read_bytes(), path)
-            if changed := changed_fields(there, info):
+def _check_folder(out: Path, info: FeaturesInfo) -> None:
+    """Raises `FileExistsError` if the folder holds anything else than such features, finished or not."""
+    for path in (out / UNFINISHED, out / INFO):
+        if path.exists():
+            try:
+                changed = changed_fields(from_json(FeaturesInfo, path.read_bytes(), path), info)
+            except ValueError:
+                raise FileExistsError(f"{path} is not what this command writes: choose an empty folder") from None
+            if changed:
                 lines = "\n".join(f"  {field}: {values}" for field, values in changed.items())
                 raise FileExistsError(f"{out} holds other features; choose an empty folder\n{lines}")
-            return name == INFO
+            return
     if tar := next(out.glob("*.tar"), None):
         raise FileExistsError(f"{out} holds tars already ({tar.name}, ...): choose an empty folder")
-    return False
 
 
 # -- encoding ----------------------------------------------------------------------------------------------------------
@@ -219,17 +250,17 @@ class _Image:
     square: UInt8[np.ndarray, "S S 3"]
 
 
-class _Images(Dataset[_Image | str]):
-    """Number of a sample -> its image, or the reason why it cannot be used."""
+class _Images(Dataset[_Image | BadSample]):
+    """Number of a sample -> its image, or why it cannot be used."""
 
     def __init__(self, source: Source, image_size: int) -> None:
         self.source, self.image_size = source, image_size
 
-    def __getitem__(self, number: int) -> _Image | str:
+    def __getitem__(self, number: int) -> _Image | BadSample:
         try:
             sample = self.source[number]
         except BadSample as bad:
-            return bad.reason
+            return bad
         return _Image(
             number=number,
             key=sample.key,
@@ -240,37 +271,74 @@ class _Images(Dataset[_Image | str]):
 
 
 def _write(
-    config: EncodeConfig, predictor: Predictor, source: Source, info: FeaturesInfo, tars: Mapping[Path, range]
-) -> None:
-    """Makes the tars that are not done."""
-    todo = {path: numbers for path, numbers in tars.items() if not _stats(path).exists()}
-    batches = [n[i : i + config.batch_size] for n in todo.values() for i in range(0, len(n), config.batch_size)]
-    done = info.num_images - sum(map(len, todo.values()))
+    config: EncodeConfig, predictor: Predictor, source: Source, info: FeaturesInfo, todo: Mapping[Path, range]
+) -> dict[str, str]:
+    """Makes the tars, and says of which none could be made, and why."""
+    done, failed = info.num_images - sum(map(len, todo.values())), dict[Path, str]()
     if done:
         print(f"{config.out}: going on at image {done:,} of {info.num_images:,}", file=sys.stderr)
+    with Meter("encoding", info.num_images, start=done) as meter:
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            failed.clear()
+            for path, problem in _attempt(config, predictor, source, info, todo, meter):
+                print(redacted(f"{path}: attempt {attempt} of {MAX_ATTEMPTS} failed: {problem}"), file=sys.stderr)
+                failed[path] = problem
+            if not failed:
+                break
+            todo = {path: todo[path] for path in failed}
+    return {str(path): problem for path, problem in failed.items()}
+
+
+def _attempt(
+    config: EncodeConfig,
+    predictor: Predictor,
+    source: Source,
+    info: FeaturesInfo,
+    todo: Mapping[Path, range],
+    meter: Meter,
+) -> Iterator[tuple[Path, str]]:
+    """Makes the tars; those of which none can be made come out, each with the reason."""
+    size = config.batch_size
     loader = DataLoader(
-        _Images(source, info.image_size),
-        batch_sampler=batches,  # pyright: ignore[reportArgumentType]
+        _Images(copy.copy(source), info.image_size),  # a copy remembers no unreadable files
+        batch_sampler=[own[i : i + size] for own in todo.values() for i in range(0, len(own), size)],  # pyright: ignore
         collate_fn=list,
         num_workers=config.num_workers,
     )
     made = iter(loader)
-    with Meter("encoding", info.num_images, start=done) as meter:
-        for path, numbers in todo.items():
-            skipped, left = Counter[str](), len(numbers)
-            with TarWriter(str(path)) as tar:
-                while left:
-                    batch: list[_Image | str] = next(made)
-                    images = [one for one in batch if isinstance(one, _Image)]
-                    skipped.update(one for one in batch if isinstance(one, str))
-                    for image, features in zip(images, _features(predictor, images, info), strict=True):
-                        if features is None:
-                            skipped[NOT_FINITE] += 1
-                        else:
-                            _add(tar, image, features)
-                    left -= len(batch)
-                    meter.advance(len(batch))
-            files.write_json(_stats(path), {"successes": len(tar.keys), "skipped": dict(skipped)})
+    for path, numbers in todo.items():
+        batches, before = itertools.islice(made, math.ceil(len(numbers) / size)), meter.done
+        try:
+            stats = _write_tar(path, batches, predictor, info, meter)
+        except BadSample as bad:
+            for _ in batches:  # of this tar
+                pass
+            meter.advance(before - meter.done)
+            yield path, str(bad)
+        else:
+            files.write_text(_stats(path), to_json(stats))
+
+
+def _write_tar(
+    path: Path, batches: Iterable[list[_Image | BadSample]], predictor: Predictor, info: FeaturesInfo, meter: Meter
+) -> TarStats:
+    """Makes one tar.  Raises `BadSample` if not a sample but a file of many cannot be read."""
+    skipped = Counter[str]()
+    with TarWriter(str(path)) as tar:
+        for batch in batches:
+            for bad in batch:
+                if isinstance(bad, BadSample):
+                    if bad.reason in OF_A_FILE:
+                        raise bad
+                    skipped[bad.reason] += 1
+            images = [one for one in batch if isinstance(one, _Image)]
+            for image, features in zip(images, _features(predictor, images, info), strict=True):
+                if features is None:
+                    skipped[NOT_FINITE] += 1
+                else:
+                    _add(tar, image, features)
+            meter.advance(len(batch))
+    return TarStats(successes=len(tar.keys), skipped=dict(skipped))
 
 
 def _add(tar: TarWriter, image: _Image, features: Mapping[str, Tensor]) -> None:
@@ -296,7 +364,8 @@ def _features(predictor: Predictor, images: Sequence[_Image], info: FeaturesInfo
     ):
         pooled, tokens = towers.vision_forward(clip, predictor.processor.normalize(squares))
     made = {"tokens": tokens, "embedding": F.normalize(pooled.float(), dim=-1), "pool_input": pool_inputs[0]}
-    stored = {name: made[name].to(torch.float16).cpu() for name in info.shapes}
-    for row in range(len(images)):
-        features = {name: value[row].contiguous() for name, value in stored.items()}
-        yield features if all(value.isfinite().all() for value in features.values()) else None
+    stored = {name: made[name].to(torch.float16) for name in info.shapes}
+    sound = torch.stack([value.flatten(1).isfinite().all(dim=1) for value in stored.values()]).all(dim=0).tolist()
+    stored = {name: value.cpu().contiguous() for name, value in stored.items()}
+    for row, is_sound in enumerate(sound):
+        yield {name: value[row] for name, value in stored.items()} if is_sound else None

@@ -89,8 +89,10 @@ def test_tars_of_features_are_recognised(made: Path, spec: str) -> None:
         lambda data: data.replace(b'"F16"', b'"I16"'),
         lambda data: data.replace(b'"tokens"', b'"tokenz"'),
         lambda data: save(load(data) | {"size_px": torch.zeros(2, dtype=torch.int32)}),
+        lambda data: save(load(data) | {"embedding": torch.full_like(load(data)["embedding"], -torch.inf)}),
+        lambda data: save(load(data) | {"tokens": load(data)["tokens"].index_fill(0, torch.tensor(3), torch.nan)}),
     ],
-    ids=["cut off", "empty", "header longer than the file", "other type", "other name", "no width"],
+    ids=["cut off", "empty", "header longer than the file", "other type", "other name", "no width", "inf", "nan"],
 )
 def test_damaged_features_are_bad_samples(copy: Path, change: Callable[[bytes], bytes]) -> None:
     rewrite(copy / "00000.tar", change)

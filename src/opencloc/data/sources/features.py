@@ -41,7 +41,6 @@ class FeaturesInfo(Strict):
     """The checkpoint, as it was named."""
     vision_tower: str
     """Hash of the weights of its vision tower (`opencloc.model.fingerprint`)."""
-    family: Literal["clip", "siglip", "siglip2"]
     image_size: Count
     """Side of the square in pixels."""
     image_mean: tuple[float, float, float]
@@ -101,6 +100,8 @@ class Features(Shards):
         expected = {name: (*shape, torch.float16) for name, shape in self.info.shapes.items()}
         if shapes != expected | {"size_px": (2, torch.int32)} or min(size := found.pop("size_px").tolist()) < 1:
             raise BadSample("broken features", where, f"holds {shapes}, not what {INFO} says")
+        if not all(end.isfinite() for value in found.values() for end in value.aminmax()):  # NaN is both
+            raise BadSample("broken features", where, "holds numbers that are not finite")
         return *size, ImageFeatures(grid=self.info.grid, **{name: value[None] for name, value in found.items()})
 
 

@@ -36,6 +36,8 @@ __all__ = [
     "iter_shard",
 ]
 
+# Reasons of a `BadSample` that concern all samples of a file, which may be readable another time.
+OF_A_FILE = ("missing shard", "unreadable shard", "missing sidecar", "unreadable sidecar")
 _INDEX_SAMPLES = 1_000_000  # samples whose places a process remembers; some 120 bytes each
 _SIDECARS_KEPT = 64  # per process; the labels of 10,000 samples take a few MB
 _SIDECARS_LOOKED_FOR = 16  # at opening; of many tars not every one is asked
@@ -83,6 +85,7 @@ class Shards:
         counts = count_samples(self.urls, self.config.sidecar, cache_gb=self.config.cache_gb)
         self.counts: np.ndarray = counts.samples  # samples of every tar
         self.problems: Counter[str] = counts.problems  # what the tars hold that is no sample, by reason
+        self.unknown = [self.urls[number] for number in sorted(counts.unknown)]  # tars that could not be counted
         if counts.unknown:
             self.problems["unreadable shard"] += len(counts.unknown)
         self._ends = np.cumsum(self.counts)

@@ -98,7 +98,7 @@ class ShardWriter:
         there = sorted(name for name in os.listdir(self.folder) if name.endswith(".tar"))
         with contextlib.suppress(FileNotFoundError):
             begun = json.loads(Path(self.folder, UNFINISHED).read_text())
-            if begun["tars"] and (self._job is None or begun["job"] != self._job):
+            if begun.get("tars", True) and (self._job is None or begun.get("job") != self._job):
                 raise FileExistsError(f"{self.folder} holds an unfinished job with other settings")
             self.progress = begun["progress"]
             self.paths = [os.path.join(self.folder, f"{number:05d}.tar") for number in range(begun["tars"])]
