@@ -137,6 +137,16 @@ def test_a_stopped_command_goes_on_and_ends_with_the_same_files(
     assert "is finished: nothing is left to do" in capsys.readouterr().err
 
 
+def test_what_was_lost_of_a_finished_folder_is_made_again(cloc: str, data: str, tmp_path: Path) -> None:
+    whole = features_of(data, cloc, out := tmp_path / "out")
+    expected = _contents(out)
+    (out / "00000.tar").unlink()
+    (out / "00001_stats.json").write_text("{}")
+    (out / "00002_stats.json").unlink()
+    assert features_of(data, cloc, out) == whole
+    assert _contents(out) == expected
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_tar_whose_source_goes_missing_is_left_to_another_run(
     num_workers: int,

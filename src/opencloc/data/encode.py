@@ -122,9 +122,9 @@ class TarStats(Strict):
 def encode(config: EncodeConfig) -> EncodeReport:
     """Writes the features and says what is there; a finished folder of the same command is left as it is.
 
-    A sample that cannot be used is left out and counted.  A tar whose source cannot be read is tried again up to
-    `MAX_ATTEMPTS` times, after the others; then training can do without it, and the same command makes it later.  Run
-    again after it was stopped, the same command goes on after the last whole tar, and ends with the same files.
+    A sample that cannot be used is left out and counted.  A tar whose source cannot be read is tried `MAX_ATTEMPTS`
+    times, again after the others; the report names it, training does without it, and the same command makes it later.
+    Run again after it was stopped, the same command goes on after the last whole tar, and ends with the same files.
 
     Raises as `open_source` and `opencloc.load`, `FileExistsError` if the folder holds something else, `ValueError` if
     some of the source's tars cannot be counted, none of the images can be used or another process writes there.
@@ -142,12 +142,12 @@ def encode(config: EncodeConfig) -> EncodeReport:
         _check_folder(out, info)
         files.sweep(out)
         failed: dict[str, str] = {}
-        if todo := {path: numbers for path, numbers in tars.items() if not _stats(path).exists()}:
+        if todo := {path: numbers for path, numbers in tars.items() if _done(path) is None}:
             files.write_text(out / UNFINISHED, to_json(info))
             failed = _write(config, predictor, source, info, todo)
         else:
             print(f"{out} is finished: nothing is left to do", file=sys.stderr)
-        done = [from_json(TarStats, path.read_bytes(), path) for path in map(_stats, tars) if path.exists()]
+        done = [stats for stats in map(_done, tars) if stats is not None]
         images = sum(one.successes for one in done)
         skipped = sum((Counter(one.skipped) for one in done), left_out(source))
         if not images:
@@ -201,8 +201,14 @@ def _tars(source: Source, size: int, out: Path) -> dict[Path, range]:
 
 
 def _stats(path: Path) -> Path:
-    """What says that a tar is done: its `TarStats`."""
     return path.with_name(f"{path.stem}_stats.json")
+
+
+def _done(path: Path) -> TarStats | None:
+    """What is in a tar; None if it is still to be made, or again, since it is gone or its figures are damaged."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        stats = from_json(TarStats, _stats(path).read_bytes(), path)
+        return stats if path.exists() or not stats.successes else None
 
 
 @contextlib.contextmanager
