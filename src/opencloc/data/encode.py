@@ -166,7 +166,6 @@ def _info(config: EncodeConfig, predictor: Predictor, size: int) -> FeaturesInfo
     """What `features.json` will say."""
     model, processor = predictor.model, predictor.processor
     clip: Any = model.config.clip_config
-    mean, std = ((a, b, c) for a, b, c in (processor.image_mean, processor.image_std))
     is_cloc = load_config(config.model).model_type == "cloc"
     prompter = config.prompter or (model.config.prompter if is_cloc else "cross")
     width, num_patches = clip.vision_config.hidden_size, model.grid[0] * model.grid[1]
@@ -177,8 +176,8 @@ def _info(config: EncodeConfig, predictor: Predictor, size: int) -> FeaturesInfo
         model=config.model,
         vision_tower=vision_tower_id(model.clip),
         image_size=processor.image_size,
-        image_mean=mean,
-        image_std=std,
+        image_mean=processor.image_mean,
+        image_std=processor.image_std,
         grid=model.grid,
         shapes=shapes,
         precision="bf16" if computes_in_bf16(config.precision, model.device) else "fp32",

@@ -43,8 +43,8 @@ class FeaturesInfo(Strict):
     """Hash of the weights of its vision tower (`opencloc.model.fingerprint`)."""
     image_size: Count
     """Side of the square in pixels."""
-    image_mean: tuple[float, float, float]
-    image_std: tuple[float, float, float]
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
     grid: tuple[Count, Count]
     """Rows and columns of patches."""
     shapes: dict[str, tuple[Count, ...]]
