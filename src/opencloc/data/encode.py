@@ -12,6 +12,7 @@ import contextlib
 import copy
 import itertools
 import math
+import pickle
 import re
 import sys
 from collections import Counter
@@ -275,6 +276,14 @@ class _Images(Dataset[_Image | BadSample]):
         )
 
 
+def _packed(batch: list[_Image | BadSample]) -> Tensor:
+    """A batch as a tensor of bytes, which a worker hands over in shared memory.
+
+    Through a pipe it would go whole, and a worker whose parent was killed would wait at the full pipe for ever.
+    """
+    return torch.frombuffer(bytearray(pickle.dumps(batch)), dtype=torch.uint8)
+
+
 def _write(
     config: EncodeConfig, predictor: Predictor, source: Source, info: FeaturesInfo, todo: Mapping[Path, range]
 ) -> dict[str, str]:
@@ -307,10 +316,10 @@ def _attempt(
     loader = DataLoader(
         _Images(copy.copy(source), info.image_size),  # a copy remembers no unreadable files
         batch_sampler=[own[i : i + size] for own in todo.values() for i in range(0, len(own), size)],  # pyright: ignore
-        collate_fn=list,
+        collate_fn=_packed,
         num_workers=config.num_workers,
     )
-    made = iter(loader)
+    made = (pickle.loads(batch.numpy()) for batch in loader)
     for path, numbers in todo.items():
         batches, before = itertools.islice(made, math.ceil(len(numbers) / size)), meter.done
         try:

@@ -55,6 +55,5 @@ def check_features(
         start = config.model.init_from
         raise ValueError(
             f"{first.location} holds features of the vision tower of {info.model} ({info.vision_tower}), and this run "
-            f"starts from {start}, which has another ({here}): make them with "
-            f"opencloc data features --model {start} --data {info.data}"
+            f"starts from {start}, which has another ({here}): make them with opencloc data features --model {start}"
         )
