@@ -39,16 +39,16 @@ PICTURES = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One row of the table: a variant, or for a CLIP one of its two ways to embed a region."""
+    """One row of the table: a variant, or for a CLIP one of its ways to embed a region."""
 
     variant: Variant
-    way: str
+    way: str  # to embed a region
     runs: list[dict[str, Any]]  # one per seed
     cost: float | None  # CPU seconds of a step, where they were measured
 
     @property
     def title(self) -> str:
-        return f"{self.variant.title}, {self.way}" if self.way in ("crop", "roi") else self.variant.title
+        return self.variant.title if self.way == "prompter" else f"{self.variant.title}, {self.way}"
 
     def values(self, where: str, score: str) -> list[float]:
         """The score of every seed that has it."""
@@ -78,7 +78,8 @@ def table(lines: Sequence[Line]) -> str:
     is taken seed by seed.
     """
     head = ["", *(heading for heading, _, _ in COLUMNS), "mAcc less cross", "CPU s per step", "steps", "seeds"]
-    cross = {(line.variant.world, line.variant.noise): line for line in lines if line.variant.name.startswith("cross")}
+    defaults = [line for line in lines if line.variant.name.startswith("cross") and not line.variant.fields]
+    cross = {(line.variant.world, line.variant.noise): line for line in defaults}
     rows = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     group = ""
     for line in lines:
@@ -119,8 +120,10 @@ def summary(lines: Sequence[Line]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for where in ("seen", "unseen combinations"):
         cross = mean("cross", "prompter", where, "region_macc")
-        clip = [mean("clip", way, where, "region_macc") for way in ("crop", "roi")]
-        crops = [mean("clip_crops", way, where, "region_macc") for way in ("crop", "roi")]
+        clip, crops = (
+            [line.mean(where, "region_macc") for line in lines if line.variant.name == name]
+            for name in ("clip", "clip_crops")
+        )
         out[where] = {"cross": cross, "best of CLIP": best(clip), "best of CLIP with crops": best(crops)}
     out["i2t R@1, cross less CLIP"] = difference(
         mean("cross", "prompter", "seen", "i2t_r1"), mean("clip", "crop", "seen", "i2t_r1")
@@ -170,7 +173,7 @@ def draw_curves(lines: Sequence[Line], path: Path) -> None:
     """Region mAcc against steps, CPU time and label noise."""
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     by_steps, by_time, by_noise = figure.subplots(1, 3)
-    first = {line.variant.name: line for line in reversed(lines)}  # of a CLIP's two ways the first, crop
+    first = {line.variant.name: line for line in reversed(lines)}  # of a CLIP's ways the first, crop
     for name in METHODS:
         if name not in first:
             continue

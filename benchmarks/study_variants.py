@@ -22,6 +22,7 @@ FINE_TUNING_STEPS = 200
 TUNED = ("cross", "roi", "clip_crops")
 LEARNING_RATES = (7.5e-4, 1.5e-3, 3e-3)
 TUNING_SEED = 100
+GCE_Q = 0.5  # of the rows with a loss for noisy labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,21 @@ def variants() -> list[Variant]:
     ]
     rows = [clip, clip_crops, roi, encoder, pool, cross, *same_time]
     crops_same_time = same_time[0]
-    for noise, chosen in (("exact", (clip_crops, crops_same_time, roi, cross)), ("very noisy", (roi, cross))):
+    robust = [
+        dataclasses.replace(
+            v,
+            name=f"{v.name}_robust",
+            title=f"{v.title}, q = {GCE_Q}",
+            group="loss for noisy labels",
+            fields={**v.fields, "loss.gce_q": GCE_Q},
+        )
+        for v in (roi, cross)
+    ]
+    rows += robust
+    for noise, chosen in (
+        ("exact", (clip_crops, crops_same_time, roi, cross, *robust)),
+        ("very noisy", (roi, cross, *robust)),
+    ):
         rows += [
             dataclasses.replace(v, name=f"{v.name}_{noise.replace(' ', '_')}", group=f"{noise} labels", noise=noise)
             for v in chosen

@@ -70,7 +70,7 @@ def dense_threshold(
     return (cosines.mean() + 3 * cosines.std(correction=0)).clamp_min(above)
 
 
-def dense_info_nce(batch: Rows, similar_above: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+def dense_info_nce(batch: Rows, similar_above: float | None, gce_q: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """The formulas with the whole matrix; the loss and the share of pairs that the filter left out."""
     count = len(batch.query)
     valid = torch.ones(count, dtype=torch.bool) if batch.valid is None else batch.valid
@@ -86,11 +86,14 @@ def dense_info_nce(batch: Rows, similar_above: float | None) -> tuple[torch.Tens
         ~(negatives | torch.eye(count, dtype=torch.bool)), float("-inf")
     )
     both = logits.logsumexp(0) + logits.logsumexp(1) - 2 * logits.diagonal()
-    loss = torch.where(valid, both, 0).sum() / (2 * valid.sum().clamp_min(1))
+    weight = torch.where(valid, (-gce_q / 2 * both.detach()).exp(), 0)
+    loss = (weight * both).sum() / (2 * weight.sum().clamp_min(1e-300))
     return loss, 1 - negatives.sum() / pairs.sum().clamp_min(1) if pairs.any() else torch.zeros(())
 
 
-def tiled(batch: Rows, similar_above: float | None, tile: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def tiled(
+    batch: Rows, similar_above: float | None, tile: int | None, gce_q: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     return info_nce(
         batch.query,
         batch.key,
@@ -98,12 +101,16 @@ def tiled(batch: Rows, similar_above: float | None, tile: int | None) -> tuple[t
         valid=batch.valid,
         text_hash=batch.text_hash,
         similar_above=similar_above,
+        gce_q=gce_q,
         tile=tile,
     )
 
 
-def assert_equal_to_dense(batch: Rows, similar_above: float | None, tile: int | None, tolerance: float = 1e-10) -> None:
-    (loss, share), (expected, expected_share) = tiled(batch, similar_above, tile), dense_info_nce(batch, similar_above)
+def assert_equal_to_dense(
+    batch: Rows, similar_above: float | None, tile: int | None, gce_q: float = 0.0, tolerance: float = 1e-10
+) -> None:
+    loss, share = tiled(batch, similar_above, tile, gce_q)
+    expected, expected_share = dense_info_nce(batch, similar_above, gce_q)
     torch.testing.assert_close(loss, expected, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(share.double(), expected_share.double(), atol=1e-6, rtol=0)
     got = torch.autograd.grad(3 * loss, batch.leaves())
@@ -119,9 +126,10 @@ def assert_equal_to_dense(batch: Rows, similar_above: float | None, tile: int | 
     spread=st.sampled_from([0.02, 0.3, 3.0]),
     scale=st.sampled_from([1.0, 20.0, 100.0]),
     similar_above=st.sampled_from([None, 0.2, 0.9, 0.99]),
+    gce_q=st.sampled_from([0.0, 0.5, 1.0]),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60)
+@settings(max_examples=100)
 def test_tiled_loss_equals_the_dense_one(
     num_rows: int,
     tile: int,
@@ -130,11 +138,29 @@ def test_tiled_loss_equals_the_dense_one(
     spread: float,
     scale: float,
     similar_above: float | None,
+    gce_q: float,
     seed: int,
 ) -> None:
-    """Any tile size, ragged tiles, masked rows up to all of them, with and without each part of the filter."""
+    """Any tile size, ragged tiles, masked rows up to all of them, with and without each part of the filter, weights."""
     batch = rows(num_rows, texts=texts, invalid=invalid, spread=spread, scale=scale, seed=seed)
-    assert_equal_to_dense(batch, similar_above, tile)
+    assert_equal_to_dense(batch, similar_above, tile, gce_q)
+
+
+def test_weighted_pairs_have_the_gradients_of_generalized_cross_entropy() -> None:
+    """The gradient of sum (1 - p^q) / q, p the geometric mean of both directions, but for its size."""
+    batch = rows(12, texts=9, invalid=0.3, spread=0.5, seed=3)
+    assert batch.valid is not None
+    valid, q = batch.valid, 0.7
+    ours = torch.autograd.grad(tiled(batch, None, 5, q)[0], batch.leaves())
+    assert batch.text_hash is not None
+    same = batch.text_hash[:, None] == batch.text_hash
+    out = (same | ~valid | ~valid[:, None]) & ~torch.eye(12, dtype=torch.bool)
+    logits = (batch.scale * batch.query @ batch.key.T).masked_fill(out, float("-inf"))
+    p = ((2 * logits.diagonal() - logits.logsumexp(0) - logits.logsumexp(1)) / 2)[valid].exp()
+    theirs = torch.autograd.grad(((1 - p**q) / q).sum(), batch.leaves())
+    size = (p**q).sum()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b / size, atol=1e-10, rtol=1e-10)
 
 
 def test_gradients_are_those_of_finite_differences() -> None:

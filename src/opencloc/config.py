@@ -161,6 +161,9 @@ class LossConfig(Strict):
     """Which region texts are no negatives: similar ones too (published), identical ones only, or none at all."""
     conflict_threshold: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Cosine above which two region texts count as similar (published value)."""
+    gce_q: Share = 0.0
+    """For noisy region texts: a pair counts by p^q in the region-text loss, p being its probability, as in generalized
+    cross entropy.  0: all pairs count alike (published).  0.5 did best in the study's noisy worlds."""
     grounding: Literal["l1_giou", "squared"] = "l1_giou"
     """Box regression: (5 L1 + 2 (1 - GIoU)) / 7, or the published squared error."""
 

@@ -13,6 +13,11 @@ cosine.  The second condition is ours: an untrained text tower finds everything 
 would erase all negatives.  By Cantelli's inequality at most a tenth of the pairs can ever be erased by it, and once
 texts have spread out (mean + 3 sd < threshold) the rule is the published one.
 
+Noisy labels: with `gce_q` > 0 a pair counts by p^q, p being the probability that the model gives it (the geometric mean
+of both directions), and the weights add up to one.  These are the gradients of generalized cross entropy (Zhang and
+Sabuncu 2018), kept at the size of InfoNCE's: at the start all pairs count alike, and a wrong text counts the less the
+better the others are learned.  Not in the paper.
+
 Across ranks each one has its own rows and the keys of all: keys, text hashes and valid flags are gathered, the log-sums
 of columns combined, and the gradient of the keys is summed back to their owners.  Queries never travel.
 
@@ -48,6 +53,7 @@ def info_nce(
     valid: Bool[Tensor, " R"] | None = None,
     text_hash: Int[Tensor, " R"] | None = None,
     similar_above: float | None = None,
+    gce_q: float = 0.0,
     group: Group = None,
     tile: int | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
@@ -55,7 +61,8 @@ def info_nce(
 
     `query` and `key` are L2-normalised; products and sums are float32 at least, whatever they come in.
     `text_hash`: equal where two keys are embeddings of the same text (None: no filter).  `similar_above` filters
-    similar texts too.  `tile`: rows and columns of a tile; it changes memory and time, not the result.
+    similar texts too.  `gce_q` weighs the pairs, and the loss is their weighted mean; the weights carry no gradient.
+    `tile`: rows and columns of a tile; it changes memory and time, not the result.
 
     `group`: the ranks that share the batch, with equally many rows each.  The loss is the whole batch's on every rank,
     and its gradients are those of the whole batch's loss with respect to this rank's rows.  That of `logit_scale`,
@@ -63,6 +70,7 @@ def info_nce(
     """
     mode = _Mode(
         similar_above=similar_above if text_hash is not None else None,
+        gce_q=gce_q,
         group=group,
         tile=tile or (CPU_TILE if query.device.type == "cpu" else DEVICE_TILE),
     )
@@ -107,6 +115,7 @@ class _Mode:
     """How, not what: the settings of a call that carry no gradient."""
 
     similar_above: float | None
+    gce_q: float
     group: Group
     tile: int
 
@@ -206,7 +215,12 @@ class _InfoNce(torch.autograd.Function):
         count = key.new_full((), len(key)) if valid is None else valid.sum().to(dtype)
         weight = (torch.ones_like(column_sums) if valid is None else valid.to(dtype)) / (2 * count.clamp_min(1))
         mine = slice(scores.first, scores.first + len(query))
-        loss = ((row_sums + column_sums[mine] - 2 * positive) * weight[mine]).sum()
+        losses = row_sums + column_sums[mine] - 2 * positive
+        if mode.gce_q:  # weights p^q, log p being half a pair's two losses
+            log_weight = gather_rows(-mode.gce_q / 2 * losses, mode.group)
+            log_weight = log_weight if valid is None else log_weight.masked_fill(~valid, float("-inf"))
+            weight = log_weight.softmax(0).nan_to_num(0) / 2  # NaN: no row is valid
+        loss = (losses * weight[mine]).sum()
         total, left_out = sum_ranks(torch.stack([loss.double(), left_out]), mode.group)
         ctx.save_for_backward(query, key, logit_scale, valid, text_hash, threshold, weight, row_sums, column_sums)
         pairs = count.double() * (count.double() - 1)

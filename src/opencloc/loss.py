@@ -104,6 +104,7 @@ def region_text_loss(
         valid=valid.flatten(),
         text_hash=None if config.conflict_filter == "none" else text_hash.flatten(),
         similar_above=config.conflict_threshold if config.conflict_filter == "similar" else None,
+        gce_q=config.gce_q,
         group=group,
     )
 

@@ -13,6 +13,7 @@ import filelock
 import numpy as np
 import pytest
 
+from opencloc.cli import main
 from opencloc.search import index as index_module
 from opencloc.search.index import INTERRUPTED, IndexConfig, IndexReport, format_report, run_index
 from opencloc.search.store import Store, open_store
@@ -54,6 +55,15 @@ def check_whole(path: Path | str) -> None:
     assert not known.broken
     assert not known.doubled
     assert not known.unused
+
+
+def test_without_a_model_the_packaged_one_indexes_and_answers(folder: Path, tmp_path: Path, capsys) -> None:
+    index = str(tmp_path / "index")
+    assert main(["index", str(folder), "--out", index, "--device", "cpu"]) == 0
+    assert open_store(index).settings.model == "tiny"
+    capsys.readouterr()
+    assert main(["search", index, "a red apple", "--json", "--device", "cpu"]) == 0
+    assert str(folder) in capsys.readouterr().out
 
 
 def test_new_changed_moved_doubled_and_deleted_photos(folder: Path, run, tmp_path: Path) -> None:

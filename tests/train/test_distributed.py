@@ -59,26 +59,27 @@ def embeddings(texts: int = 7) -> tuple[dict[str, torch.Tensor], torch.Tensor, t
     return tensors, boxes, which
 
 
-def loss_and_gradients(valid: torch.Tensor, ranks: Ranks) -> tuple[ClocLoss, dict[str, torch.Tensor]]:
+def loss_and_gradients(valid: torch.Tensor, ranks: Ranks, gce_q: float) -> tuple[ClocLoss, dict[str, torch.Tensor]]:
     """The loss of the batch and its gradients with respect to this rank's rows."""
     tensors, boxes, text_hash = embeddings()
     rows = slice(6 // ranks.size * ranks.rank, 6 // ranks.size * (ranks.rank + 1))
     own = {name: (t[rows] if t.ndim else t).clone().requires_grad_() for name, t in tensors.items()}
-    config = LossConfig(conflict_threshold=0.6, grounding_weight=0.5)
+    config = LossConfig(conflict_threshold=0.6, grounding_weight=0.5, gce_q=gce_q)
     loss = cloc_loss(ClocOutput(**own), boxes[rows], valid[rows], text_hash[rows], config, ranks.group)
     loss.total.backward()
     return loss, {name: t.grad for name, t in own.items() if t.grad is not None}
 
 
+@pytest.mark.parametrize("gce_q", [0.0, 0.5])
 @pytest.mark.parametrize("case", VALID)
-def test_sharded_loss_equals_single_process_loss(case: str, tmp_path: Path) -> None:
+def test_sharded_loss_equals_single_process_loss(case: str, gce_q: float, tmp_path: Path) -> None:
     """Every value is the whole batch's on both ranks: lambda, the filtered share and the means over regions too."""
-    expected, gradients = loss_and_gradients(VALID[case], ALONE)
+    expected, gradients = loss_and_gradients(VALID[case], ALONE, gce_q)
     assert expected.filtered_share is not None
     assert expected.filtered_share > 0 or case == "none at all"
 
     def body(ranks: Ranks) -> None:
-        loss, got = loss_and_gradients(VALID[case], ranks)
+        loss, got = loss_and_gradients(VALID[case], ranks, gce_q)
         torch.testing.assert_close(vars(loss), vars(expected), atol=1e-10, rtol=0)
         for name, whole in gradients.items():
             if whole.ndim:
