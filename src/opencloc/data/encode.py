@@ -133,7 +133,7 @@ def encode(config: EncodeConfig) -> EncodeReport:
     predictor = load(config.model, config.device)
     source = open_source(config.data, image_px=predictor.processor.image_size)
     if isinstance(source, Shards) and (unknown := source.unknown):  # the numbers of all later samples depend on them
-        raise ValueError(f"{config.data}: {len(unknown)} of {len(source.urls)} tars cannot be read: {unknown[0]}, ...")
+        raise ValueError(f"{config.data}: {len(unknown)} of {len(source.urls)} tars cannot be read, first {unknown[0]}")
     size = source.size if config.num_images is None else min(config.num_images, source.size or config.num_images)
     if size is None:
         raise ValueError(f"{config.data} has no end: say how many images by --num-images")
