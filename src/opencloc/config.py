@@ -222,7 +222,9 @@ class RunConfig(Strict):
     out: Annotated[str, Field(min_length=1), MAY_CHANGE] = "runs/train"
     """Folder of the run: config.json, log.jsonl, checkpoints/, model/.  Running again resumes there."""
     steps: Count
+    """Optimizer steps, in all."""
     batch_size: Count
+    """Samples per step, over all ranks."""
     micro_batch_size: Count | None = None
     """Samples per forward and backward pass of a rank; None: its whole share of the batch at once.  The loss is the
     whole batch's either way."""
@@ -265,6 +267,7 @@ class TrainConfig(RunConfig):
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     steps: Count = 439_087
+    """Optimizer steps, in all."""
     batch_size: Count = 32_768
     """Images per step: the contrastive batch, whole whatever `micro_batch_size` and the number of ranks."""
     compile: Annotated[bool, MAY_CHANGE] = False
