@@ -216,35 +216,31 @@ class OptimConfig(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Strict):
-    """A whole training run."""
+class RunConfig(Strict):
+    """How a training run goes, whatever it trains."""
 
     out: Annotated[str, Field(min_length=1), MAY_CHANGE] = "runs/train"
     """Folder of the run: config.json, log.jsonl, checkpoints/, model/.  Running again resumes there."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    steps: Count = 439_087
-    batch_size: Count = 32_768
-    """Images per step: the contrastive batch, whole whatever `micro_batch_size` and the number of ranks."""
+    steps: Count
+    """Optimizer steps, in all."""
+    batch_size: Count
+    """Samples per step, over all ranks."""
     micro_batch_size: Count | None = None
-    """Images per forward and backward pass of a rank; None: its whole share of the batch at once."""
+    """Samples per forward and backward pass of a rank; None: its whole share of the batch at once.  The loss is the
+    whole batch's either way."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast type of the forward pass; weights and losses are always fp32.  `auto`: bf16 where the hardware has it
     (GPUs; CPUs with AVX512-BF16 or AMX), fp32 elsewhere: emulated bf16 is a hundred times slower."""
-    compile: Annotated[bool, MAY_CHANGE] = False
-    """Compile the towers' layers and the Prompter with torch.compile: faster steps after minutes of compilation."""
     activation_checkpointing: Annotated[bool, MAY_CHANGE] = False
-    """Keep no activations inside the towers' layers and compute them again in the backward pass: a third more work,
-    far less memory."""
+    """Keep no activations inside the layers and compute them again in the backward pass: a third more work, far less
+    memory."""
     sharding: Annotated[Literal["ddp", "fsdp"], MAY_CHANGE] = "ddp"
     """Under torchrun: every rank holds the whole model (`ddp`), or its share of every matrix and of the optimizer's
     state (`fsdp`).  The result is the same."""
     device: Annotated[str, MAY_CHANGE] = "auto"
     """`auto` (cuda if there is one), `cpu`, `cuda`, `cuda:1`, ...  Under torchrun each rank takes its own GPU."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of the weights, the order of samples and all sampling."""
+    """Of the weights that are new, the order of samples and all sampling."""
     log_every: Annotated[Count, MAY_CHANGE] = 10
     """Steps between lines of log.jsonl."""
     checkpoint_every: Annotated[Count, MAY_CHANGE] = 1000
@@ -256,11 +252,30 @@ class TrainConfig(Strict):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_frozen_parts()
         if self.batch_size % (self.micro_batch_size or 1):
             raise ValueError(
                 f"micro_batch_size must be a divisor of batch_size ({self.batch_size}), got {self.micro_batch_size}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """A whole training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    steps: Count = 439_087
+    """Optimizer steps, in all."""
+    batch_size: Count = 32_768
+    """Images per step: the contrastive batch, whole whatever `micro_batch_size` and the number of ranks."""
+    compile: Annotated[bool, MAY_CHANGE] = False
+    """Compile the towers' layers and the Prompter with torch.compile: faster steps after minutes of compilation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_frozen_parts()
 
     def _check_frozen_parts(self) -> None:
         """Raises ValueError where nothing would learn, or something frozen would be random."""

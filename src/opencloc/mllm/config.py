@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from opencloc.config import MAY_CHANGE, Count, NotNegative, Positive, Share, Strict, Whole
+from opencloc.config import MAY_CHANGE, Count, NotNegative, Positive, RunConfig, Share, Strict, Whole
 from opencloc.mllm.templates import KINDS, Kind
 
 
@@ -74,7 +74,7 @@ class MllmDataConfig(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MllmTrainConfig(Strict):
+class MllmTrainConfig(RunConfig):
     """A training run of a multimodal model."""
 
     model: Annotated[str, Field(min_length=1)]
@@ -87,31 +87,10 @@ class MllmTrainConfig(Strict):
     lora_rank: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Trains low-rank additions to the language model's linear layers in its place (needs the extra `mllm`); in the
     final model they are merged into it."""
-    steps: Count
     batch_size: Count
     """Conversations per step, over all ranks."""
-    micro_batch_size: Count | None = None
-    """Conversations per forward and backward pass of a rank; None: its whole share of the batch at once.  The loss is
-    the same: the sum over all learned tokens of the batch, divided by their number."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Autocast type of the forward pass; weights and the loss are always fp32.  `auto`: bf16 where the hardware
-    has it."""
-    activation_checkpointing: Annotated[bool, MAY_CHANGE] = False
-    """Keep no activations inside the layers and compute them again in the backward pass."""
-    sharding: Annotated[Literal["ddp", "fsdp"], MAY_CHANGE] = "ddp"
-    """Under torchrun: every rank holds the whole model (`ddp`), or its share of every matrix (`fsdp`)."""
-    device: Annotated[str, MAY_CHANGE] = "auto"
-    """`auto` (cuda if there is one), `cpu`, `cuda`, `cuda:1`, ...  Under torchrun each rank takes its own GPU."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of the order of samples and the questions asked."""
-    log_every: Annotated[Count, MAY_CHANGE] = 10
-    """Steps between lines of log.jsonl."""
     checkpoint_every: Annotated[Count, MAY_CHANGE] = 500
     """Steps between checkpoints; the last step always makes one."""
-    keep_checkpoints: Annotated[Count, MAY_CHANGE] = 2
-    """How many of the newest checkpoints stay."""
-    tensorboard: Annotated[bool, MAY_CHANGE] = False
-    """Also write TensorBoard events (needs the extra `tensorboard`)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,10 +98,6 @@ class MllmTrainConfig(Strict):
             raise ValueError("nothing would be trained: all rates are 0")
         if self.lora_rank is not None and not self.rates.language_model:
             raise ValueError("lora_rank needs rates.language_model above 0")
-        if self.batch_size % (self.micro_batch_size or 1):
-            raise ValueError(
-                f"micro_batch_size must be a divisor of batch_size ({self.batch_size}), got {self.micro_batch_size}"
-            )
 
 
 def align(model: str) -> MllmTrainConfig:

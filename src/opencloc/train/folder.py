@@ -6,18 +6,17 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import filelock
 
 from opencloc import files
-from opencloc.config import MAY_CHANGE, changed_fields, from_json
+from opencloc.config import MAY_CHANGE, RunConfig, changed_fields, from_json
 from opencloc.train.checkpoint import list_checkpoints, problem_of, set_aside
 from opencloc.train.distributed import Ranks
 
 
 @contextmanager
-def run_folder(config: Any, ranks: Ranks) -> Iterator[Path | None]:
+def run_folder(config: RunConfig, ranks: Ranks) -> Iterator[Path | None]:
     """Holds the folder of a run, and gives what is there: the final model, the checkpoint to go on from, or None.
 
     The first rank holds it, by a lock that falls with its process.  Raises ValueError on all ranks if another training
@@ -32,7 +31,7 @@ def run_folder(config: Any, ranks: Ranks) -> Iterator[Path | None]:
         lock.release()
 
 
-def _take(out: Path, config: Any, lock: filelock.BaseFileLock) -> str | None:
+def _take(out: Path, config: RunConfig, lock: filelock.BaseFileLock) -> str | None:
     """Locks the folder; what is there, as a path below it."""
     out.mkdir(parents=True, exist_ok=True)
     try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from opencloc.config import RunConfig
 from opencloc.loss import ClocLoss
 from opencloc.model.cloc import ClocOutput
 from opencloc.progress import Meter
@@ -21,7 +22,7 @@ class RunLog:
     `quiet`: nothing is written or shown, as on all ranks but the first.
     """
 
-    def __init__(self, out: Path, config: Any, *, start: int, quiet: bool = False) -> None:
+    def __init__(self, out: Path, config: RunConfig, *, start: int, quiet: bool = False) -> None:
         self.path, self.config, self.start, self.quiet = out / "log.jsonl", config, start, quiet
         self.waited, self.since_step, self.since = 0.0, start, time.perf_counter()
         self.meter = Meter(str(out), config.steps, unit="steps", start=start)

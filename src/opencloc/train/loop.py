@@ -20,14 +20,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
 from opencloc import files
-from opencloc.config import LossConfig, TrainConfig, to_json
+from opencloc.config import LossConfig, RunConfig, TrainConfig, to_json
 from opencloc.data.batch import Batch
 from opencloc.data.sources.spec import open_source
 from opencloc.data.stream import TrainingExamples, check_skipped, training_batches
@@ -51,6 +51,8 @@ from opencloc.train.folder import run_folder
 from opencloc.train.log import RunLog
 from opencloc.train.optim import learning_rate, make_optimizer, set_learning_rate, set_trained_parts
 
+Run = TypeVar("Run", bound=RunConfig)
+
 
 class Interrupted(Exception):
     """The run was asked to stop (Ctrl-C, SIGTERM); it has saved a checkpoint and can be resumed."""
@@ -65,7 +67,7 @@ def train(config: TrainConfig) -> Path:
     return in_its_folder(config, run)
 
 
-def in_its_folder(config: Any, run: Callable[[Any, Ranks, torch.device, Path | None], None]) -> Path:
+def in_its_folder(config: Run, run: Callable[[Run, Ranks, torch.device, Path | None], None]) -> Path:
     """The folder of the final model, which `run(config, ranks, device, checkpoint)` leaves, if it is not there yet."""
     with process_ranks(choose_device(config.device)) as (ranks, device), run_folder(config, ranks) as found:
         final = Path(config.out) / "model"
@@ -76,7 +78,7 @@ def in_its_folder(config: Any, run: Callable[[Any, Ranks, torch.device, Path | N
         return final
 
 
-def set_up(config: Any, ranks: Ranks, device: torch.device, resume_from: Path | None, unit: str) -> bool:
+def set_up(config: RunConfig, ranks: Ranks, device: torch.device, resume_from: Path | None, unit: str) -> bool:
     """Says what begins or goes on, sets the process up, and returns whether it computes in bf16.
 
     `unit`: what a batch consists of.
