@@ -1,7 +1,7 @@
 """Names the boxes of photos, finds names in them, and draws both side by side.
 
     python name_and_find.py tiny "scenes:rich?seed=1" picture.jpg 0 5 7
-    python name_and_find.py runs/picture/model "coco:DATA/coco740?split=test" picture.jpg 0 5 7
+    python name_and_find.py runs/photos/cloc/model "coco:DATA/coco740?split=test" picture.jpg 0 5 7
 
 Left: the model's own name for each given box, with its probability.  Right: the box that the model gives each name that
 people gave the photo, with its score.  The model is any that `opencloc.load` opens and that has a box head.

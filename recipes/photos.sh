@@ -31,4 +31,6 @@ trap - INT TERM
 score mosaics "mosaic:$data/caltech101?grid=2-3&split=test&seed=1" 500
 score coco740 "coco:$data/coco740?split=test" 1000
 score flickr8k "shards:$data/flickr8k/val" 1000 --num-pictures 0 # its photos are not to be shown
+# README's picture: the first three CC BY photos of coco740's test split that have three to six boxes of three classes or more
+.venv/bin/python examples/name_and_find.py "$out/cloc/model" "coco:$data/coco740?split=test" "$out/picture.jpg" 0 5 7
 facts recipes/photos.sh "$@" >"$out/run.txt"
