@@ -1,13 +1,19 @@
-"""How good labels are, against human boxes: precision and recall of sidecars on coco740.
+"""How good labels are, against human boxes: precision and recall of sidecars.
 
     python -m benchmarks.label_quality --data "coco:../shared/data/coco740?split=train" \\
         --labels nouns=runs/vesl/nouns/vesl n-grams=runs/vesl/n-grams/vesl --out results/vesl
+    python -m benchmarks.label_quality --data shards:../shared/data/flickr8k/val \\
+        --labels nouns=runs/vesl/flickr8k/vesl --out results/vesl/flickr8k
 
 In each image, regions take human boxes, best score first: each takes the free box it overlaps most, if their IoU is at
-least 0.5.  Precision is the share of regions that got a box; recall is the share of boxes that were taken.  `box`
-counts any box.  `box and text` counts only boxes whose class the region text stands for (by its last words, see
-examples/yolox_detector.py).  `named` recall leaves out boxes whose class no phrase of the caption stands for, which no
-detector that is asked for phrases could find.  Crowd annotations are left out, as everywhere.
+least 0.5.  Precision is the share of regions that got a box; recall is the share of boxes that were taken.
+
+On COCO's classes: `box` counts any box.  `box and text` counts only boxes whose class the region text stands for (by
+its last words, see examples/yolox_detector.py).  `named` recall leaves out boxes whose class no phrase of the caption
+stands for, which no detector that is asked for phrases could find.  Crowd annotations are left out, as everywhere.
+
+Where people named their boxes in free phrases (any other source): of the regions that got a box, the share whose text
+is that box's phrase, and the share whose last word is the phrase's.
 
 Prints Markdown and writes it to OUT/quality.md, with the figures in OUT/quality.json.
 """
@@ -30,6 +36,8 @@ from opencloc.boxes import pairwise_iou
 from opencloc.data.sidecar import read_labels, sidecar_path, stats_path
 from opencloc.data.sources.coco import Coco
 from opencloc.data.sources.spec import open_source
+from opencloc.errors import BadSample
+from opencloc.texts import canonical
 from opencloc.vesl.phrases import extract_phrases
 
 MIN_IOU = 0.5
@@ -95,6 +103,41 @@ def quality(photos: Coco, name: str) -> dict[str, float]:
     }
 
 
+def phrase_quality(data: str, labels: str) -> dict[str, float]:
+    """Precision and recall of the labels, and how often they say what people said."""
+    human, labelled = open_source(data), open_source(f"{data}?sidecar={labels}")
+    counts = dict.fromkeys(("failed", "regions", "boxes", "box", "phrase", "last word"), 0)
+    for index in range(human.size or 0):
+        theirs = human[index]
+        counts["boxes"] += len(theirs.texts)
+        try:
+            ours = labelled[index]
+        except BadSample:
+            counts["failed"] += 1
+            continue
+        counts["regions"] += len(ours.texts)
+        order = np.argsort(np.zeros(0) if ours.scores is None else -ours.scores, kind="stable")
+        taken = match(ours.boxes[order], np.ones((len(order), len(theirs.texts))), theirs.boxes)
+        pairs = [
+            (canonical(ours.texts[region]), canonical(theirs.texts[box]))
+            for region, box in zip(order, taken, strict=True)
+            if box >= 0
+        ]
+        counts["box"] += len(pairs)
+        counts["phrase"] += sum(a == b for a, b in pairs)
+        counts["last word"] += sum(a.split()[-1] == b.split()[-1] for a, b in pairs)
+    return {
+        "images": human.size or 0,
+        "failed": counts["failed"],
+        "regions": counts["regions"],
+        "human boxes": counts["boxes"],
+        "precision (box)": counts["box"] / max(1, counts["regions"]),
+        "recall (box)": counts["box"] / counts["boxes"],
+        "same phrase, of these": counts["phrase"] / max(1, counts["box"]),
+        "same last word, of these": counts["last word"] / max(1, counts["box"]),
+    }
+
+
 def _class_number(text: str) -> int:
     found = class_of_phrase(text)
     return -1 if found is None else found
@@ -110,17 +153,16 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", required=True, help="source with the human boxes, as coco:DIR?split=train")
+    parser.add_argument("--data", required=True, help="source with human boxes: coco:DIR?split=train, shards:DIR")
     parser.add_argument("--labels", nargs="+", required=True, help="TITLE=FOLDER/NAME of sidecars")
     parser.add_argument("--out", type=Path, required=True, help="folder for quality.md and quality.json")
     arguments = parser.parse_args()
     photos = open_source(arguments.data)
-    if not isinstance(photos, Coco):
-        raise SystemExit(f"{arguments.data} is no coco: source")
     rows: list[dict[str, Any]] = []
     for entry in arguments.labels:
         title, _, name = entry.partition("=")
-        rows.append({"labels": title, **quality(photos, name)})
+        found = quality(photos, name) if isinstance(photos, Coco) else phrase_quality(arguments.data, name)
+        rows.append({"labels": title, **found})
     save(arguments.out, rows, markdown(rows), page="quality.md", data="quality.json")
 
 

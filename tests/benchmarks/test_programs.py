@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import data_libraries, gpu, patch_dropout, presence, scene_detector, step_setup, study
 from examples.yolox_detector import COCO_CLASSES
+from opencloc.data.sample import Sample
 from opencloc.data.sidecar import SidecarRow, sidecar_path, write_sidecar
 from opencloc.data.sources.coco import Coco, CocoConfig
 from opencloc.data.sources.spec import open_source
@@ -300,6 +301,27 @@ def test_label_quality_is_perfect_for_labels_that_equal_the_human_boxes(run: Run
     (found,) = json.loads((out / "quality.json").read_text())
     assert [found[name] for name in found if name.startswith(("precision", "recall"))] == [1.0] * 5
     assert "| regions | 1 |" in (out / "quality.md").read_text()
+
+
+def test_label_quality_compares_phrases_where_people_named_their_boxes(run: Run, tmp_path: Path) -> None:
+    boxes = np.array([[0.1, 0.1, 0.5, 0.5], [0.6, 0.6, 0.9, 0.9], [0.0, 0.0, 0.2, 0.9]], np.float32)
+    image = Image.new("RGB", (40, 20))
+    person = Sample(key="a", image=image, captions=("two dogs",), boxes=boxes, texts=("Brown dog", "small cat", "tree"))
+    with ShardWriter(str(tmp_path / "people")) as writer:
+        writer.write(person)
+    (tar,) = writer.paths
+    moved = np.array([boxes[0], boxes[1], [0.5, 0.0, 1.0, 0.4]], np.float32)
+    texts = ("brown  dog", "a big cat", "a bird")
+    row = SidecarRow(
+        key="a", boxes=moved, texts=texts, scores=np.array([0.5, 0.9, 0.8], np.float32), caption="two dogs"
+    )
+    labels = tmp_path / "labels" / "vesl"
+    write_sidecar(sidecar_path(tar, str(labels)), [row], {"phrases": 3})
+    out = run("label_quality", "--data", f"shards:{tmp_path}/people", "--labels", f"mine={labels}")
+    (found,) = json.loads((out / "quality.json").read_text())
+    assert found["precision (box)"] == found["recall (box)"] == pytest.approx(2 / 3)
+    assert found["same phrase, of these"] == 0.5
+    assert found["same last word, of these"] == 1.0
 
 
 def test_scene_detector_finds_things_by_their_names(tmp_path: Path) -> None:
