@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import types
 from collections.abc import Callable
@@ -24,6 +25,8 @@ install_import_hook("opencloc", "_opencloc_checker.check")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
+# A suite that a script runs in the background ignores Ctrl-C, and the programs it starts would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from transformers import CLIPConfig, PreTrainedTokenizerFast, Siglip2Config, SiglipConfig  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
