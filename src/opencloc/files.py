@@ -351,6 +351,24 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
+def held(folder: Path, who: str) -> Iterator[None]:
+    """Holds a folder for its one writer, making it if need be; the lock falls with its process, however killed.
+
+    Raises ValueError, saying `who` does, where another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ValueError(f"{folder}: {who}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
 def open_seekable(url: str) -> Iterator[io.BufferedIOBase]:
     """A readable stream that can seek; a remote file whose server can't is first copied to a temporary file."""
     if (path := local_path(url)) is not None:

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import filelock
 import numpy as np
 import torch
 from jaxtyping import UInt8
@@ -139,7 +138,7 @@ def encode(config: EncodeConfig) -> EncodeReport:
         raise ValueError(f"{config.data} has no end: say how many images by --num-images")
     info, out = _info(config, predictor, size), Path(config.out)
     tars = _tars(source, size, out)
-    with _held(out):
+    with files.held(out, "another process is writing in this folder"):
         _check_folder(out, info)
         files.sweep(out)
         failed: dict[str, str] = {}
@@ -209,21 +208,6 @@ def _done(path: Path) -> TarStats | None:
     with contextlib.suppress(FileNotFoundError, ValueError):
         stats = from_json(TarStats, _stats(path).read_bytes(), path)
         return stats if path.exists() or not stats.successes else None
-
-
-@contextlib.contextmanager
-def _held(out: Path) -> Iterator[None]:
-    """The folder, made if need be and held by a lock that falls with its process."""
-    out.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise ValueError(f"{out}: another process is writing in this folder") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _check_folder(out: Path, info: FeaturesInfo) -> None:

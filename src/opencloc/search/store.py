@@ -19,7 +19,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import pyarrow as pa
 
@@ -255,16 +254,8 @@ def writing(path: str) -> Iterator[None]:
     if local is None:
         yield
         return
-    Path(local).mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(Path(local) / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise ValueError(f"{path}: another `opencloc index` is writing this index") from None
-    try:
+    with files.held(Path(local), "another `opencloc index` is writing this index"):
         yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager

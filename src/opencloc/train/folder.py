@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-
-import filelock
 
 from opencloc import files
 from opencloc.config import MAY_CHANGE, RunConfig, changed_fields, from_json
@@ -23,21 +21,14 @@ def run_folder(config: RunConfig, ranks: Ranks) -> Iterator[Path | None]:
     holds it, if it is that of another configuration or of something else, or if no checkpoint can be read.
     """
     out = Path(config.out)
-    lock = filelock.FileLock(out / ".lock")
-    try:
-        found = ranks.from_first(lambda: _take(out, config, lock))
+    with ExitStack() as stack:
+        found = ranks.from_first(lambda: _take(out, config, stack))
         yield None if found is None else out / found
-    finally:
-        lock.release()
 
 
-def _take(out: Path, config: RunConfig, lock: filelock.BaseFileLock) -> str | None:
-    """Locks the folder; what is there, as a path below it."""
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise ValueError(f"{out}: another training is running in this folder") from None
+def _take(out: Path, config: RunConfig, stack: ExitStack) -> str | None:
+    """Holds the folder until the stack is left; what is there, as a path below it."""
+    stack.enter_context(files.held(out, "another training is running in this folder"))
     finished, checkpoints, settings = out / "model", list_checkpoints(out / "checkpoints"), out / "config.json"
     there = from_json(type(config), settings.read_bytes(), settings) if settings.exists() else None
     if not checkpoints and not finished.exists():

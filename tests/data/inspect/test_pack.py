@@ -15,6 +15,7 @@ from opencloc.data.inspect.pack import PackConfig, pack
 from opencloc.data.sample import Sample
 from opencloc.data.sidecar import SidecarRow, sidecar_path, write_sidecar
 from opencloc.data.tars.shards import Shards, ShardsConfig, ShardWriter
+from tests.helpers.records import assert_same_record
 
 BOXES = np.asarray([[0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1]], dtype=np.float32)
 SCORES = np.asarray([0.3, 0.9], dtype=np.float32)
@@ -73,13 +74,7 @@ def test_packed_tars_give_the_same_samples_as_images_and_sidecar(labelled: Path,
     assert packed.size == beside.size
     for index in range(packed.size):
         one, other = packed[index], beside[index]
-        assert (one.key, one.captions, one.alt_text, one.texts) == (
-            other.key,
-            other.captions,
-            other.alt_text,
-            other.texts,
-        )
-        assert np.array_equal(one.boxes, other.boxes)
+        assert_same_record(one, other)
         assert np.array_equal(np.asarray(one.image), np.asarray(other.image))
         assert one.texts == () or np.array_equal(np.asarray(one.scores), np.asarray(other.scores))
 
