@@ -3,7 +3,8 @@
     python -m benchmarks.study_report --runs runs/study --out results/study
 
 Reads every OUT/VARIANT-SEED/result.json that is there, so it may be called while the study runs.  Writes table.md (laid
-out like the paper's Table 2), summary.json, curves.png and, from the model of `cross`, examples.png.
+out like the paper's Table 2), differences.md (pairs of rows, seed by seed), curves.png and, from the model of `cross`,
+examples.png.
 """
 
 from __future__ import annotations
@@ -33,6 +34,23 @@ COLUMNS = (  # heading, set, score
     ("Acc@0.5, unseen combinations", "unseen combinations", "ground_acc50"),
 )
 METHODS = ("cross", "roi", "encoder", "clip_crops", "clip")
+COMPARED = (  # pairs of rows, in every world and with all labels where both have runs
+    ("cross", "roi"),
+    ("cross", "clip_crops_same_time"),
+    ("cross", "clip_crops"),
+    ("cross", "encoder"),
+    ("cross", "pool"),
+    ("cross", "clip"),
+    ("cross_robust", "cross"),
+    ("roi_robust", "roi"),
+    ("cross_robust", "roi_robust"),
+    ("cross_robust", "clip_crops_same_time"),
+    ("from_clip_cross", "from_clip_pool"),
+    ("from_clip_cross", "from_clip_pool_cross"),
+    ("from_clip_cross", "cross"),
+    ("from_clip_long_cross", "from_clip_long_pool"),
+    ("from_clip_long_cross", "from_clip_long_pool_cross"),
+)
 COLOURS = dict(zip(METHODS, ("#c0392b", "#2471a3", "#7d3c98", "#b9770e", "#707b7c"), strict=True))
 PICTURES = 6
 
@@ -48,7 +66,9 @@ class Line:
 
     @property
     def title(self) -> str:
-        return self.variant.title if self.way == "prompter" else f"{self.variant.title}, {self.way}"
+        """Of the method, the time it had and the way to embed a region."""
+        time = " at the CPU time of cross" if self.variant.like else ""
+        return self.variant.title + time + ("" if self.way == "prompter" else f", {self.way}")
 
     def values(self, where: str, score: str) -> list[float]:
         """The score of every seed that has it."""
@@ -95,11 +115,12 @@ def table(lines: Sequence[Line]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def paired_differences(line: Line, other: Line) -> list[float]:
-    """Region mAcc of `line` less that of `other`, of every seed both have: same seed, same scenes in the same order."""
-    theirs = {run["seed"]: run["final"][other.way]["seen"]["region_macc"] for run in other.runs}
-    ours = {run["seed"]: run["final"][line.way]["seen"]["region_macc"] for run in line.runs}
-    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+def paired_differences(line: Line, other: Line, where: str = "seen", score: str = "region_macc") -> list[float]:
+    """The score of `line` less that of `other`, of every seed both have: same seed, same scenes in the same order."""
+    theirs = {run["seed"]: run["final"][other.way][where].get(score) for run in other.runs}
+    ours = {run["seed"]: run["final"][line.way][where].get(score) for run in line.runs}
+    both = [(ours[seed], theirs[seed]) for seed in sorted(ours) if seed in theirs]
+    return [mine - its for mine, its in both if mine is not None and its is not None]
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
@@ -110,41 +131,34 @@ def spread(values: Sequence[float], sign: str = "") -> str:
     return f"{100 * statistics.fmean(values):{sign}.1f}{deviation}"
 
 
-def summary(lines: Sequence[Line]) -> dict[str, Any]:
-    """The figures that the aims speak of, from the means over seeds; what hasn't been run is left out."""
-    by = {(line.variant.name, line.way): line for line in lines}
-
-    def mean(name: str, way: str, where: str, score: str) -> float | None:
-        return by[name, way].mean(where, score) if (name, way) in by else None
-
-    out: dict[str, Any] = {}
-    for where in ("seen", "unseen combinations"):
-        cross = mean("cross", "prompter", where, "region_macc")
-        clip, crops = (
-            [line.mean(where, "region_macc") for line in lines if line.variant.name == name]
-            for name in ("clip", "clip_crops")
-        )
-        out[where] = {"cross": cross, "best of CLIP": best(clip), "best of CLIP with crops": best(crops)}
-    out["i2t R@1, cross less CLIP"] = difference(
-        mean("cross", "prompter", "seen", "i2t_r1"), mean("clip", "crop", "seen", "i2t_r1")
-    )
-    out["t2i R@1, cross less CLIP"] = difference(
-        mean("cross", "prompter", "seen", "t2i_r1"), mean("clip", "crop", "seen", "t2i_r1")
-    )
-    out["grounding Acc@0.5"] = mean("cross", "prompter", "seen", "ground_acc50")
-    if ("cross", "prompter") in by and ("encoder", "prompter") in by:
-        out["share of the published form's CPU time at which cross reaches its final score"] = catch_up(
-            by["cross", "prompter"], by["encoder", "prompter"]
-        )
-    return out
+def differences(lines: Sequence[Line]) -> str:
+    """Pairs of rows in Markdown: the differences of all seeds, and in how many of them the first is ahead."""
+    first = {line.variant.name: line for line in reversed(lines)}  # of a CLIP's ways the first, crop
+    suffixes = ("", *(f"_{noise.replace(' ', '_')}" for noise in NOISE if noise != "noisy"), "_pairs")
+    scores = ("region_macc", "seen"), ("region_macc", "unseen combinations"), ("i2t_r1", "seen")
+    rows = [
+        "In points: mean ± standard deviation over seeds (each seed's difference; seeds in which the first is ahead).",
+        "",
+        "| labels | | mAcc | mAcc, unseen combinations | i2t R@1 |",
+        "|---|---|---|---|---|",
+    ]
+    for suffix in suffixes:
+        for one, other in COMPARED:
+            if (a := first.get(one + suffix)) is None or (b := first.get(other + suffix)) is None:
+                continue
+            found = [paired_differences(a, b, where, score) for score, where in scores]
+            if all(found):
+                labels = a.variant.noise if a.variant.world == "things" else f"{a.variant.noise}, {a.variant.world}"
+                rows.append(f"| {labels} | {a.title} less {b.title} | {' | '.join(map(in_seeds, found))} |")
+    if "cross" in first and "encoder" in first and (share := catch_up(first["cross"], first["encoder"])) is not None:
+        rows += ["", f"cross has the final mAcc of the published Prompter in {100 * share:.0f} % of its CPU time."]
+    return "\n".join(rows) + "\n"
 
 
-def best(values: Sequence[float | None]) -> float | None:
-    return max((value for value in values if value is not None), default=None)
-
-
-def difference(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
+def in_seeds(values: Sequence[float]) -> str:
+    """Mean ± standard deviation in points, every value, and how many are positive."""
+    each = " ".join(f"{100 * value:+.1f}" for value in values)
+    return f"{spread(values, sign='+')} ({each}; {sum(value > 0 for value in values)} of {len(values)})"
 
 
 def curve(line: Line) -> tuple[list[int], list[float]]:
@@ -242,7 +256,7 @@ def main() -> None:
         raise SystemExit(f"{arguments.runs}: no run has a result yet")
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "table.md").write_text(table(lines))
-    (arguments.out / "summary.json").write_text(json.dumps(summary(lines), indent=2) + "\n")
+    (arguments.out / "differences.md").write_text(differences(lines))
     results = [run for line in lines for run in line.runs]
     (arguments.out / "runs.json").write_text(json.dumps(results, indent=1) + "\n")
     draw_curves(lines, arguments.out / "curves.png")
