@@ -257,7 +257,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "table.md").write_text(table(lines))
     (arguments.out / "differences.md").write_text(differences(lines))
-    results = [run for line in lines for run in line.runs]
+    results = list({(run["variant"], run["seed"]): run for line in lines for run in line.runs}.values())
     (arguments.out / "runs.json").write_text(json.dumps(results, indent=1) + "\n")
     draw_curves(lines, arguments.out / "curves.png")
     if (model := arguments.runs / "cross-0" / "model").is_dir():
