@@ -362,21 +362,6 @@ def test_study_trains_on_labels_that_it_made_and_study_report_shows_the_result(
     assert (out / "examples.png").exists()
 
 
-def test_study_report_compares_rows_seed_by_seed(run: Run, tmp_path: Path) -> None:
-    ours, theirs = {0: 0.5, 1: 0.7, 2: 0.6}, {0: 0.4, 1: 0.8}  # seed 2 has no partner
-    for name, values in {"cross": ours, "roi": theirs}.items():
-        for seed, macc in values.items():
-            final = {"prompter": {where: {"region_macc": macc, "i2t_r1": 0.5} for where in study.SETS}}
-            result = {"variant": name, "seed": seed, "steps": 1, "curve": [], "final": final}
-            folder = tmp_path / "runs" / f"{name}-{seed}"
-            folder.mkdir(parents=True)
-            (folder / "result.json").write_text(json.dumps(result))
-    found = (run("study_report", "--runs", tmp_path / "runs") / "differences.md").read_text()
-    (row,) = [line for line in found.splitlines() if line.startswith("| noisy |")]
-    assert "(+10.0 -10.0; 1 of 2)" in row
-    assert "+0.0 ± 0.0 (+0.0 +0.0; 0 of 2)" in row
-
-
 # -- photo libraries -----------------------------------------------------------------------------------------------
 
 
