@@ -338,16 +338,8 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     folders never do), and then merely wait for each other: a lock per file would leave a file behind for each.
     """
     number = int(hashlib.blake2b(path.name.encode(), digest_size=1).hexdigest(), 16)
-    lock = filelock.FileLock(cache_folder("locks") / f"{path.parent.name}-{number:03d}")
-    try:
-        lock.acquire(timeout=-1 if wait else 0)
-    except filelock.Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+    with _lock(cache_folder("locks") / f"{path.parent.name}-{number:03d}", wait) as got:
+        yield got
 
 
 @contextlib.contextmanager
@@ -357,13 +349,23 @@ def held(folder: Path, who: str) -> Iterator[None]:
     Raises ValueError, saying `who` does, where another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise ValueError(f"{folder}: {who}") from None
-    try:
+    with _lock(folder / ".lock", wait=False) as got:
+        if not got:
+            raise ValueError(f"{folder}: {who}")
         yield
+
+
+@contextlib.contextmanager
+def _lock(path: Path, wait: bool) -> Iterator[bool]:
+    """Locks the file; gives whether the lock was got."""
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except filelock.Timeout:
+        yield False
+        return
+    try:
+        yield True
     finally:
         lock.release()
 
