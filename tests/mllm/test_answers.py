@@ -10,7 +10,7 @@ from PIL import Image
 from opencloc.errors import BadSample
 from opencloc.mllm.answers import Answerer
 from opencloc.mllm.conversation import Conversation, Turn
-from opencloc.mllm.processor import IGNORED
+from opencloc.mllm.model import IGNORED
 from opencloc.model.prompts import Box, Mask, Point
 from tests.mllm.speakers import CHATML, tiny_answerer
 

@@ -159,6 +159,27 @@ def test_every_part_gets_a_gradient_even_without_an_image(sampler: str, built: C
     assert [name for name in without if not any(part in name for part in unused)] == []
 
 
+def test_loss_alone_is_the_same_with_the_same_gradients(built: Callable[..., Path]) -> None:
+    model, processor = load(built())
+    turns = (*ASKED.turns, Turn("assistant", "a red circle"))
+    rows = [
+        Conversation(image=PHOTO, turns=(*turns, *turns)),
+        Conversation(image=PHOTO, turns=turns),
+        Conversation(image=None, turns=(Turn("user", "Hello?"), Turn("assistant", "Yes"))),
+    ]
+    batch = processor(rows, for_training=True)
+    found = []
+    for options in ({}, {"num_items_in_batch": torch.tensor(9)}):
+        for loss_only in (False, True):
+            model.zero_grad()
+            output = model(**batch, **options | {"loss_only": loss_only})
+            assert (output.logits is None) == loss_only
+            output.loss.backward()
+            found.append([output.loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for plain, alone in zip(found[::2], found[1::2], strict=True):
+        torch.testing.assert_close(alone, plain)
+
+
 def test_saved_names_are_the_same_however_often_it_is_saved(built: Callable[..., Path], tmp_path: Path) -> None:
     folder = built()
     model, _ = load(folder)

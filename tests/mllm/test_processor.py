@@ -15,7 +15,8 @@ from opencloc.boxes import Letterbox
 from opencloc.errors import BadSample
 from opencloc.mllm.chat_format import chat_format
 from opencloc.mllm.conversation import Conversation, Turn
-from opencloc.mllm.processor import IGNORED, IMAGE, REGION, RegionLlavaProcessor
+from opencloc.mllm.model import IGNORED
+from opencloc.mllm.processor import IMAGE, REGION, RegionLlavaProcessor
 from opencloc.mllm.sampler import BOX, MASK, NONE, POINT
 from opencloc.model.prompts import Box, Mask, Point
 from tests.mllm.conftest import speech_tokenizer

@@ -12,7 +12,6 @@ import contextlib
 import copy
 import itertools
 import math
-import pickle
 import re
 import sys
 from collections import Counter
@@ -27,10 +26,11 @@ from jaxtyping import UInt8
 from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from opencloc import files
 from opencloc.config import Count, Strict, Whole, changed_fields, from_json, to_json
+from opencloc.data.loader import make_loader
 from opencloc.data.sample import Source, encode_record
 from opencloc.data.sources.features import INFO, FeaturesInfo
 from opencloc.data.sources.labelled import left_out
@@ -260,14 +260,6 @@ class _Images(Dataset[_Image | BadSample]):
         )
 
 
-def _packed(batch: list[_Image | BadSample]) -> Tensor:
-    """A batch as a tensor of bytes, which a worker hands over in shared memory.
-
-    Through a pipe it would go whole, and a worker whose parent was killed would wait at the full pipe for ever.
-    """
-    return torch.frombuffer(bytearray(pickle.dumps(batch)), dtype=torch.uint8)
-
-
 def _write(
     config: EncodeConfig, predictor: Predictor, source: Source, info: FeaturesInfo, todo: Mapping[Path, range]
 ) -> dict[str, str]:
@@ -297,13 +289,9 @@ def _attempt(
 ) -> Iterator[tuple[Path, str]]:
     """Makes the tars; those of which none can be made come out, each with the reason."""
     size = config.batch_size
-    loader = DataLoader(
-        _Images(copy.copy(source), info.image_size),  # a copy remembers no unreadable files
-        batch_sampler=[own[i : i + size] for own in todo.values() for i in range(0, len(own), size)],  # pyright: ignore
-        collate_fn=_packed,
-        num_workers=config.num_workers,
-    )
-    made = (pickle.loads(batch.numpy()) for batch in loader)
+    order = [own[i : i + size] for own in todo.values() for i in range(0, len(own), size)]
+    images = _Images(copy.copy(source), info.image_size)  # a copy remembers no unreadable files
+    made = iter(make_loader(images, order, num_workers=config.num_workers))
     for path, numbers in todo.items():
         batches, before = itertools.islice(made, math.ceil(len(numbers) / size)), meter.done
         try:

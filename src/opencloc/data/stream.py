@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from opencloc.boxes import Letterbox
 from opencloc.data.batch import Batch, Example, collate, join
+from opencloc.data.loader import make_loader
 from opencloc.data.sample import Record, Sample, Source
 from opencloc.data.shuffle import SHUFFLE, WholeOrder, WindowedOrder, permutation
 from opencloc.data.sources.features import EncodedSample, Features
@@ -273,14 +274,8 @@ def training_batches(
         raise ValueError(f"rank must be in 0 ... {world_size - 1}, got {rank}")
     rows = _Rows(batch_size, examples.lanes, start, stop, rank, world_size)
     ahead = min(max(2 * len(rows.parts), 4 * num_workers), _PARTS_AHEAD)
-    loader = DataLoader(
-        examples,
-        batch_sampler=rows,  # pyright: ignore[reportArgumentType]
-        collate_fn=functools.partial(collate, processor=processor),
-        num_workers=num_workers,
-        prefetch_factor=max(2, ahead // num_workers) if num_workers else None,
-        pin_memory=torch.cuda.is_available(),
-    )
+    collate_part = functools.partial(collate, processor=processor)
+    loader = make_loader(examples, rows, collate_part, num_workers=num_workers, ahead=ahead)
     parts = iter(loader)  # here, so that the workers begin before the first batch is asked for
     whole = device or torch.device("cpu")
     return (join([next(parts) for _ in rows.parts], processor, whole) for _ in range(start, stop))

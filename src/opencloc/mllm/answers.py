@@ -18,8 +18,8 @@ from transformers import GenerationConfig
 from opencloc.devices import Precision, choose_device, computes_in_bf16
 from opencloc.images import letterbox_array
 from opencloc.mllm.conversation import Conversation
-from opencloc.mllm.model import RegionLlava
-from opencloc.mllm.processor import IGNORED, RegionLlavaProcessor, Row
+from opencloc.mllm.model import IGNORED, RegionLlava
+from opencloc.mllm.processor import RegionLlavaProcessor, Row
 from opencloc.model.processor import normalize
 
 

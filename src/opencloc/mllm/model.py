@@ -19,12 +19,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, LlavaConfig, LlavaForConditionalGeneration
 from transformers import initialization as init
-from transformers.models.llava.modeling_llava import LlavaModel, LlavaPreTrainedModel
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModel, LlavaPreTrainedModel
 
 from opencloc.mllm.sampler import NONE, Regions, make_sampler
 from opencloc.model import loading
 from opencloc.model.prompts import patch_centres, sinusoidal
 
+IGNORED = -100  # label of what is not learned: torch's
 POSITION_STD = 0.02  # of the patches' positions and the numbers' embeddings at the start: that of other embeddings
 Sampler = Literal["prompter", "roi", "points"]
 
@@ -181,21 +182,37 @@ class RegionLlava(LlavaForConditionalGeneration):
         region_boxes: Float[Tensor, "B P 4"] | None = None,
         region_kinds: Int[Tensor, "B P"] | None = None,
         region_masks: Float[Tensor, "B P H V"] | None = None,
+        loss_only: bool = False,
         **options: Any,
     ) -> Any:
-        """As LLaVA's; `generate` reads the names of the arguments off this function."""
-        forward: Any = super().forward
-        return forward(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            labels=labels,
-            mm_encoder_outputs=mm_encoder_outputs,
-            region_boxes=region_boxes,
-            region_kinds=region_kinds,
-            region_masks=region_masks,
-            **options,
+        """As LLaVA's; `generate` reads the names of the arguments off this function.
+
+        `loss_only`: the output has no logits, which are then computed where `labels` has a token to learn and nowhere
+        else.  Of a large vocabulary they take most of the memory of training.
+        """
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids,
+            "pixel_values": pixel_values,
+            "attention_mask": attention_mask,
+            "mm_encoder_outputs": mm_encoder_outputs,
+            "region_boxes": region_boxes,
+            "region_kinds": region_kinds,
+            "region_masks": region_masks,
+        }
+        if not loss_only or labels is None:
+            forward: Any = super().forward
+            return forward(**inputs, labels=labels, **options)
+        count = options.pop("num_items_in_batch", None)  # tokens that the loss is the mean of, if not this batch's
+        hidden = self.model(**inputs, **options).last_hidden_state
+        learned = labels[:, 1:] != IGNORED  # what is said at a place is learned at the one before
+        loss = self.loss_function(
+            logits=self.lm_head(hidden[:, :-1][learned]),
+            labels=None,
+            shift_labels=labels[:, 1:][learned],
+            vocab_size=self.lm_head.out_features,
+            num_items_in_batch=count,
         )
+        return LlavaCausalLMOutputWithPast(loss=loss)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

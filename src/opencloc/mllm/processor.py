@@ -25,14 +25,13 @@ from opencloc.images import MEAN_RGB, STD_RGB, letterbox_array
 from opencloc.mllm.boxes_text import STEPS, box_text, point_text
 from opencloc.mllm.chat_format import ChatFormat
 from opencloc.mllm.conversation import PLACEHOLDER, Conversation, RegionPrompt
-from opencloc.mllm.model import RegionLlavaConfig
+from opencloc.mllm.model import IGNORED, RegionLlavaConfig
 from opencloc.mllm.sampler import BOX, MASK, NONE, POINT
 from opencloc.model import loading
 from opencloc.model.processor import normalize, save_tokenizer
 from opencloc.model.prompts import Box, Point
 
 IMAGE, REGION = "<image>", "<region>"
-IGNORED = -100  # label of what is not learned: torch's
 Refer = Literal["coords", "token", "both"]
 
 

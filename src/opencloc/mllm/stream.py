@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
+from opencloc.data.loader import make_loader
 from opencloc.data.stream import MAX_BAD_IN_A_ROW, TrainingExamples, _Rows
 from opencloc.errors import BadSample
 from opencloc.mllm.processor import RegionLlavaProcessor, Row
@@ -78,13 +78,7 @@ def training_rows(
     if world_size < 1 or batch_size % world_size:
         raise ValueError(f"batch_size must be a multiple of the number of ranks ({world_size}), got {batch_size}")
     order = _Rows(batch_size, examples.lanes, start, stop, rank, world_size)
-    loader = DataLoader(
-        examples,
-        batch_sampler=order,  # pyright: ignore[reportArgumentType]
-        collate_fn=list,
-        num_workers=num_workers,
-        prefetch_factor=max(2, 16 // num_workers) if num_workers else None,
-    )
+    loader = make_loader(examples, order, num_workers=num_workers, ahead=16)
     parts = iter(loader)  # here, so that the workers begin before the first batch is asked for
     return (_joined([next(parts) for _ in order.parts]) for _ in range(start, stop))
 

@@ -170,7 +170,7 @@ def backward(
     for i, batch in enumerate(micro_batches(rows, micro_batch_size, processor, device)):
         with gradient_sync(model, wanted=i == count - 1):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                part = model(**batch, num_items_in_batch=total).loss
+                part = model(**batch, num_items_in_batch=total, loss_only=True).loss
             (part * ranks.size).backward()  # DDP and FSDP take the mean over ranks where the sum is wanted
             loss += part.detach()
     return sum_ranks(loss, ranks.group), total
