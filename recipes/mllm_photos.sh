@@ -15,9 +15,9 @@ results=${RESULTS:-results/mllm_photos}
 python=${PYTHON:-.venv/bin/python}
 opencloc="$python -m opencloc"
 if "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
-    align=${ALIGN:-600} instruct=${INSTRUCT:-1500} batch=${BATCH:-64} pretrain=3000
+    align=${ALIGN:-600} instruct=${INSTRUCT:-1500} batch=${BATCH:-64} at_once=${BATCH:-64} pretrain=3000
 else
-    align=${ALIGN:-60} instruct=${INSTRUCT:-80} batch=${BATCH:-16} pretrain=1200
+    align=${ALIGN:-60} instruct=${INSTRUCT:-80} batch=${BATCH:-16} at_once=4 pretrain=1200
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi
 photos="shards:$data/flickr8k/train"
@@ -30,12 +30,14 @@ model() { # name, encoder, sampler, layer: builds and trains
     [ -d "$out/$1/start" ] || $opencloc mllm build --encoder "$2" --llm "$llm" --out "$out/$1/start" \
         --sampler "$3" --layer "$4" --max-length 512
     $opencloc mllm train align --model "$out/$1/start" --out "$out/$1/align" --data.train "$photos" \
-        --steps "$align" --batch-size "$batch" --optim.warmup-steps $((align / 30 + 1)) --log-every 5 \
-        --checkpoint-every 50 --data.max-skipped-share 0.2
+        --steps "$align" --batch-size "$batch" --micro-batch-size "$at_once" \
+        --optim.warmup-steps $((align / 30 + 1)) --log-every 5 --checkpoint-every 50 \
+        --data.max-skipped-share 0.2
     $opencloc mllm train instruct --model "$out/$1/align/model" --out "$out/$1/instruct" --data.train "$photos" \
         --data.questions refer choose ground exists verify caption --lora-rank 16 --rates.projector 5e-4 \
         --rates.sampler 5e-4 --rates.language-model 5e-4 --steps "$instruct" --batch-size "$batch" \
-        --optim.warmup-steps $((instruct / 30 + 1)) --log-every 5 --checkpoint-every 50 --data.max-skipped-share 0.2
+        --micro-batch-size "$at_once" --optim.warmup-steps $((instruct / 30 + 1)) --log-every 5 \
+        --checkpoint-every 50 --data.max-skipped-share 0.2
 }
 
 llm=${LLM:-$out/smollm2}

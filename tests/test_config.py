@@ -107,8 +107,8 @@ def test_what_may_change_on_resuming_is_marked_where_it_is_declared() -> None:
             if get_origin(hint) is Annotated and MAY_CHANGE in hint.__metadata__:
                 free.add(name)
     assert free == {
-        *("out", "num_workers", "max_skipped_share", "compile", "activation_checkpointing", "sharding", "device"),
-        *("log_every", "checkpoint_every", "keep_checkpoints", "tensorboard"),
+        *("out", "micro_batch_size", "num_workers", "max_skipped_share", "compile", "activation_checkpointing"),
+        *("sharding", "device", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard"),
     }
     moved = replace(tiny(), out="elsewhere", log_every=3, data=replace(tiny().data, num_workers=5))
     assert not changed_fields(tiny(), moved, but=MAY_CHANGE)

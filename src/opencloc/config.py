@@ -225,9 +225,9 @@ class RunConfig(Strict):
     """Optimizer steps, in all."""
     batch_size: Count
     """Samples per step, over all ranks."""
-    micro_batch_size: Count | None = None
+    micro_batch_size: Annotated[Count | None, MAY_CHANGE] = None
     """Samples per forward and backward pass of a rank; None: its whole share of the batch at once.  The loss is the
-    whole batch's either way."""
+    whole batch's either way; a run that was short of memory can go on with fewer."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast type of the forward pass; weights and losses are always fp32.  `auto`: bf16 where the hardware has it
     (GPUs; CPUs with AVX512-BF16 or AMX), fp32 elsewhere: emulated bf16 is a hundred times slower."""
