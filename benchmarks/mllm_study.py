@@ -34,7 +34,7 @@ NUM_IMAGES = 512  # scored, of scenes that no run trains on
 RATE = 1.5e-3
 COORDINATE_STEPS = 64  # one to a pixel
 WIDTH, LAYERS, HEADS = 128, 3, 4  # of the Llama
-QUESTIONS = ("refer", "ground", "verify", "exists", "caption")
+QUESTIONS = ("refer",) * 2 + ("ground",) * 3 + ("verify",) * 2 + ("exists", "caption")  # shares of conversations
 LONGER = (2, 4, 8)  # times the preset's steps, until the long CLIP retrieves as CLOC does
 AT_ONCE = 64  # conversations answered together
 

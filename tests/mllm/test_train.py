@@ -142,7 +142,8 @@ def test_rates_and_muon_go_to_their_parts(built: Callable[..., Path]) -> None:
         if rate:
             group = groups[parameter]
             assert group["rate"] == rate
-            assert group["muon"] == (parameter.ndim == 2 and ".layers." in name)
+            hidden = ".layers." in name or "multi_modal_projector" in name
+            assert group["muon"] == (parameter.ndim == 2 and hidden)
             assert (group["weight_decay"] > 0) == (parameter.ndim >= 2 and "position" not in name)
 
 

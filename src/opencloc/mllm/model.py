@@ -17,6 +17,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, LlavaConfig, LlavaForConditionalGeneration
 from transformers import initialization as init
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModel, LlavaPreTrainedModel
@@ -37,7 +38,7 @@ class RegionLlavaConfig(LlavaConfig):
 
     `sampler`: what makes a region's token, see `opencloc.mllm.sampler`.  `prompter`: kind, embed_dim and options of the
     Prompter, for the sampler of that name.  `region_token_index`: the token that a region's vector takes the place of.
-    `shared_positions`: the image tokens carry the position basis of prompts, learnable.
+    `shared_positions`: the image tokens, scaled alike, carry the position basis of prompts, learnable.
     """
 
     model_type = "region_llava"
@@ -54,6 +55,10 @@ class PatchPositions(nn.Module):
     def __init__(self, grid: tuple[int, int], width: int) -> None:
         super().__init__()
         self.grid, self.weight = grid, nn.Parameter(torch.zeros(grid[0] * grid[1], width))
+
+    def forward(self, tokens: Float[Tensor, "N W"]) -> Float[Tensor, "N W"]:
+        """The image tokens with their places, as loud at the start as what they show."""
+        return F.rms_norm(tokens, tokens.shape[-1:]) * POSITION_STD + self.weight
 
 
 class RegionLlavaModel(LlavaModel):
@@ -81,7 +86,7 @@ class RegionLlavaModel(LlavaModel):
         """As LLaVA's: `pooler_output` holds the projected tokens of each image."""
         features: Any = super().get_image_features(pixel_values, **options)
         if self.patch_positions is not None:
-            features.pooler_output = [tokens + self.patch_positions.weight for tokens in features.pooler_output]
+            features.pooler_output = [self.patch_positions(tokens) for tokens in features.pooler_output]
         return features
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -19,6 +19,7 @@ _PARTS = (  # the first prefix that fits; the rest is the language model's
     ("model.sampler.prompt_encoder.", "prompter"),
     ("model.sampler.", "sampler"),
 )
+_HIDDEN = (".layers.", "multi_modal_projector")  # whose matrices Muon trains, if it is chosen
 
 
 def part_of(name: str) -> str:
@@ -48,8 +49,8 @@ def make_optimizer(model: nn.Module, rates: Rates, config: MllmOptimConfig) -> M
         if parameter.ndim < 2 or "position" in name or "_kind" in name:
             kind = "vector" if parameter.ndim else "scalar"  # sharded and whole parameters cannot share a group
         else:
-            is_layer = parameter.ndim == 2 and ".layers." in name and "lora_" not in name
-            kind = "muon" if config.name == "muon" and is_layer else "matrix"
+            hidden = parameter.ndim == 2 and any(part in name for part in _HIDDEN) and "lora_" not in name
+            kind = "muon" if config.name == "muon" and hidden else "matrix"
         groups.setdefault((part_of(name), kind), []).append(parameter)
     if not groups:
         raise ValueError("nothing is left to train: rates are 0 for every part that this model has")
