@@ -64,5 +64,7 @@ for split in random popular adversarial; do
     $opencloc mllm eval pope --data "$data/benchmarks/pope?split=$split&images=$data/coco740/images" \
         --model "${models[@]}" --out "$results/pope-$split"
 done
+"$python" -m benchmarks.mllm_transcript --model "$out/cloc_prompter/instruct/model" --data "coco:$data/coco740?split=test" \
+    --out "$results/transcript"
 facts recipes/mllm_photos.sh >"$results/run.txt"
 echo "wrote $results"

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import mllm_study, mllm_study_report
+from benchmarks import mllm_study, mllm_study_report, mllm_transcript
 
 
 @pytest.mark.slow
 def test_mllm_study_runs_from_encoders_to_mllm_study_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`benchmarks.mllm_study` arm by arm, then `benchmarks.mllm_study_report`."""
+    """`benchmarks.mllm_study` arm by arm, then `benchmarks.mllm_study_report`, and `benchmarks.mllm_transcript`."""
     runs = tmp_path / "runs"
     size = ["--steps", "3", "--num-images", "4", "--device", "cpu"]
     names = ("encoder_cloc", "encoder_clip", "encoder_clip_long", "no_image", "cloc_prompter")
@@ -37,6 +37,15 @@ def test_mllm_study_runs_from_encoders_to_mllm_study_report(tmp_path: Path, monk
     assert "CLOC + Prompter" in page
     assert "no image" in page
     assert (tmp_path / "results" / "scores.svg").stat().st_size > 1000
+    model, out = runs / "cloc_prompter-0" / "run" / "model", tmp_path / "transcript"
+    words = ["--model", str(model), "--data", mllm_study.WORLD, "--num-photos", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["mllm_transcript", *words])
+    mllm_transcript.main()
+    said = json.loads((out / "figures.json").read_text())["said"]
+    assert len(said) == 10
+    page = (out / "README.md").read_text()
+    assert all(one["answer"] in page for one in said)
+    assert (out / "photo-2.jpg").exists()
 
 
 def test_every_arm_stands_on_an_encoder_that_comes_before_it() -> None:
