@@ -32,8 +32,8 @@ class MllmOptimConfig(Strict):
     """The optimizer, with warm-up and cosine decay."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """`muon`: AdamW for all but the matrices of the layers and the projector, which take orthogonalized steps
-    at three times their part's rate.  For models from scratch."""
+    """`muon`: AdamW for all but the matrices of the layers and the projector, which take orthogonalized steps.  For
+    models from scratch."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.98
     eps: Positive = 1e-6

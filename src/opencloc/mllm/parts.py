@@ -20,7 +20,6 @@ _PARTS = (  # the first prefix that fits; the rest is the language model's
     ("model.sampler.", "sampler"),
 )
 _HIDDEN = (".layers.", "multi_modal_projector")  # whose matrices Muon trains, if it is chosen
-MUON_TIMES = 3.0  # their rate for each one of their part's, which suits embeddings (docs/log.md, 2026-11-27)
 
 
 def part_of(name: str) -> str:
@@ -39,7 +38,7 @@ def set_trained_parts(model: nn.Module, rates: Rates) -> None:
 
 
 def make_optimizer(model: nn.Module, rates: Rates, config: MllmOptimConfig) -> Muon:
-    """The optimizer of the trainable parameters; a group's `rate` is the peak of its part, for Muon `MUON_TIMES` that.
+    """The optimizer of the trainable parameters; a group's `rate` is the peak of its part.
 
     Weight decay on matrices, none on vectors and positions.  Raises ValueError if no parameter is trainable.
     """
@@ -59,7 +58,7 @@ def make_optimizer(model: nn.Module, rates: Rates, config: MllmOptimConfig) -> M
         {
             "params": parameters,
             "weight_decay": config.weight_decay if kind in ("matrix", "muon") else 0.0,
-            "rate": getattr(rates, part) * (MUON_TIMES if kind == "muon" else 1.0),
+            "rate": getattr(rates, part),
             "muon": kind == "muon",
         }
         for (part, kind), parameters in groups.items()
