@@ -15,9 +15,9 @@ results=${RESULTS:-results/mllm_photos}
 python=${PYTHON:-.venv/bin/python}
 opencloc="$python -m opencloc"
 if "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
-    align=${ALIGN:-600} instruct=${INSTRUCT:-1500} batch=${BATCH:-64} at_once=${BATCH:-64} pretrain=3000
+    align=${ALIGN:-600} instruct=${INSTRUCT:-1500} batch=${BATCH:-64} at_once=${BATCH:-64} pretrain=3000 scored=${NUM_IMAGES:-247}
 else
-    align=${ALIGN:-60} instruct=${INSTRUCT:-80} batch=${BATCH:-16} at_once=4 pretrain=1200
+    align=${ALIGN:-60} instruct=${INSTRUCT:-80} batch=${BATCH:-16} at_once=4 pretrain=1200 scored=${NUM_IMAGES:-24}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi
 photos="shards:$data/flickr8k/train"
@@ -59,10 +59,10 @@ both clip_model cloc_model
 
 models=("clip=$out/clip_roi/instruct/model" "cloc=$out/cloc_prompter/instruct/model")
 $opencloc mllm eval refer-choice refer-open ground exists caption --data "$kept_apart" --model "${models[@]}" \
-    --out "$results/flickr8k" --num-images "${NUM_IMAGES:-247}"
+    --out "$results/flickr8k" --num-images "$scored" --batch-size 4 --precision auto
 for split in random popular adversarial; do
     $opencloc mllm eval pope --data "$data/benchmarks/pope?split=$split&images=$data/coco740/images" \
-        --model "${models[@]}" --out "$results/pope-$split"
+        --model "${models[@]}" --out "$results/pope-$split" --precision auto
 done
 "$python" -m benchmarks.mllm_transcript --model "$out/cloc_prompter/instruct/model" --data "coco:$data/coco740?split=test" \
     --out "$results/transcript"

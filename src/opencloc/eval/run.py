@@ -232,6 +232,7 @@ def one_pass(
             batch = prepare(loaded)
             for task in tasks:
                 task.send(batch)
+                meter.advance(0)  # shows that it goes on, however long a batch takes
             for one in loaded:
                 noted.update(one.noted)
                 skipped.update(one.item.skipped)

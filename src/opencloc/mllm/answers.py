@@ -125,13 +125,15 @@ class Answerer:
         for numbers, rows, known in self._batches(conversations, features, for_training=True):
             batch = self._inputs([conversations[i] for i in numbers], rows, known, for_training=True)
             labels = batch.pop("labels")[:, 1:]
+            asked = labels != IGNORED
             with self._autocast():
-                logits = self.model(**batch, use_cache=False).logits[:, :-1].float()
-            last = labels != IGNORED
-            token = logits.log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
-            greedy = (logits.argmax(-1) == labels) | ~last
-            sums = torch.where(last, token.double(), 0.0).sum(1)
-            scores.update(zip(numbers, zip(sums.tolist(), greedy.all(1).tolist(), strict=True), strict=True))
+                hidden = self.model.model(**batch, use_cache=False).last_hidden_state
+                logits = self.model.lm_head(hidden[:, :-1][asked]).float()  # of the answers' tokens alone
+            token = logits.log_softmax(-1).gather(-1, labels[asked][:, None])[:, 0]
+            counts = asked.sum(1).tolist()
+            sums = torch.stack([part.sum() for part in token.double().split(counts)])
+            greedy = torch.stack([part.all() for part in (logits.argmax(-1) == labels[asked]).split(counts)])
+            scores.update(zip(numbers, zip(sums.tolist(), greedy.tolist(), strict=True), strict=True))
         return [scores[i] for i in range(len(conversations))]
 
     def _batches(
