@@ -13,7 +13,9 @@ from benchmarks import mllm_study, mllm_study_report, mllm_transcript
 
 
 @pytest.mark.slow
-def test_mllm_study_runs_from_encoders_to_mllm_study_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mllm_study_runs_from_encoders_to_mllm_study_report_and_mllm_transcript(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`benchmarks.mllm_study` arm by arm, then `benchmarks.mllm_study_report`, and `benchmarks.mllm_transcript`."""
     runs = tmp_path / "runs"
     size = ["--steps", "3", "--num-images", "4", "--device", "cpu"]
