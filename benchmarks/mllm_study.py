@@ -14,7 +14,6 @@ import argparse
 import json
 import random
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -285,8 +284,7 @@ def score(folder: Path, num_images: int, device: str) -> dict[str, float]:
     asked: list[tuple[str, Any, Any]] = []  # kind, conversation, what is right
     for number in range(num_images):
         sample, rng = source[number], random.Random(number)
-        often = Counter(sample.texts)
-        only = [k for k, text in enumerate(sample.texts) if often[text] == 1]
+        only = templates.occurring_once(sample.texts)
         if only:
             k = only[rng.randrange(len(only))]
             box, text = Box(*map(float, sample.boxes[k])), sample.texts[k]

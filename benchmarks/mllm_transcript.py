@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import facts, save
+from opencloc import files
 from opencloc.data.sample import Sample, encode_image
 from opencloc.data.sources.spec import open_source
 from opencloc.mllm import templates
@@ -28,17 +28,14 @@ from opencloc.model.predictor import Predictor
 Asked = tuple[str, list[list[float]], str]  # question, boxes in pixels that it points at, what is true
 
 
-def chosen(source: Any, count: int) -> Iterator[tuple[Sample, list[int]]]:
-    """The first photos, with the numbers of the two largest things among those whose name occurs once."""
+def chosen(source: Any) -> Iterator[tuple[Sample, list[int]]]:
+    """The photos that fit, with the numbers of the two largest things among those whose name occurs once."""
     for number in itertools.islice(itertools.count(), source.size):
         sample = source[number]
-        often, sizes = Counter(sample.texts), np.prod(sample.boxes[:, 2:] - sample.boxes[:, :2], axis=1)
-        once = sorted((k for k, text in enumerate(sample.texts) if often[text] == 1), key=lambda k: -sizes[k])
+        sizes = np.prod(sample.boxes[:, 2:] - sample.boxes[:, :2], axis=1)
+        once = sorted(templates.occurring_once(sample.texts), key=lambda k: -sizes[k])
         if len(once) >= 2:
             yield sample, once[:2]
-            count -= 1
-        if not count:
-            return
 
 
 def questions(sample: Sample, things: list[int], ask: templates.Questions) -> Iterator[Asked]:
@@ -69,9 +66,8 @@ def main() -> None:
     chat = Chat.from_pretrained(arguments.model, arguments.device)
     source: Any = open_source(arguments.data)
     ask = templates.Questions(templates.names_of(source))
-    arguments.out.mkdir(parents=True, exist_ok=True)
     lines, said = ["# Chats about photos", ""], []
-    for photo, (sample, things) in enumerate(chosen(source, arguments.num_photos), 1):
+    for photo, (sample, things) in enumerate(itertools.islice(chosen(source), arguments.num_photos), 1):
         boxes, labels = [], []
         lines += [f"## {sample.key}", "", f"![The photo](photo-{photo}.jpg)", ""]
         for text, pointed, truth in questions(sample, things, ask):
@@ -86,7 +82,7 @@ def main() -> None:
                 {"photo": sample.key, "question": text, "boxes_px": pointed, "answer": answer.text, "truth": truth}
             )
         drawn = Predictor.draw(sample.image, boxes, labels)
-        (arguments.out / f"photo-{photo}.jpg").write_bytes(encode_image(drawn, "jpg"))
+        files.write_bytes(arguments.out / f"photo-{photo}.jpg", encode_image(drawn, "jpg"))
         lines.append("")
     save(arguments.out, {"facts": facts(), "said": said}, "\n".join(lines))
 

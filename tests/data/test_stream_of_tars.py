@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from opencloc.data import stream as loader
+from opencloc.data.loader import make_loader
 from opencloc.data.sidecar import SidecarRow, sidecar_path, write_sidecar
 from opencloc.data.sources.folder import ImageFolder
 from opencloc.data.stream import TrainingExamples, _Rows, check_skipped
@@ -71,7 +71,7 @@ def server(tmp_path: Path) -> Iterator[str]:
 def test_tars_behind_a_web_server_stream_into_workers(server: str, small_windows: None) -> None:
     pytest.importorskip("aiohttp", reason="fsspec reads http by aiohttp, which is not installed")
     examples = stream(Shards(f"{server}/{{0..3}}.tar"))
-    batches = DataLoader(examples, batch_sampler=_Rows(6, 2, 0, 4, 0, 1), num_workers=2, collate_fn=list)  # type: ignore
+    batches = make_loader(examples, _Rows(6, 2, 0, 4, 0, 1), num_workers=2)
     found = [example.caption for batch in batches for example in batch]
     assert sorted(found) == sorted(f"{shard}/{row}" for shard in range(4) for row in range(6))
 
@@ -182,7 +182,7 @@ def test_a_stream_killed_in_mid_epoch_goes_on_exactly_with_other_workers(tmp_pat
 
         def write_lines() -> None:
             rows = _Rows(6, 2, start, 8, 0, 1)
-            batches = DataLoader(stream(source), batch_sampler=rows, num_workers=num_workers, collate_fn=list)  # type: ignore
+            batches = make_loader(stream(source), rows, num_workers=num_workers)
             with path.open("w") as lines:
                 for step, batch in enumerate(batches, start):
                     print(step, *(example.caption for example in batch), file=lines, flush=True)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import wait
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 
@@ -20,11 +19,12 @@ def make_loader(
     *,
     num_workers: int,
     ahead: int = 0,
+    pin_memory: bool = False,
 ) -> DataLoader[Any]:
     """Loads the examples of every batch in turn, by `num_workers` processes (0: this one).
 
     `collate` makes of them what the loader gives.  All workers together make `ahead` batches in advance, each at least
-    two.
+    two.  `pin_memory`: the tensors in them are ready to go to a GPU.
     """
     return DataLoader(
         examples,
@@ -33,7 +33,7 @@ def make_loader(
         num_workers=num_workers,
         worker_init_fn=_end_with_parent,
         prefetch_factor=max(2, ahead // num_workers) if num_workers else None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
     )
 
 

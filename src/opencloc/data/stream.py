@@ -275,7 +275,8 @@ def training_batches(
     rows = _Rows(batch_size, examples.lanes, start, stop, rank, world_size)
     ahead = min(max(2 * len(rows.parts), 4 * num_workers), _PARTS_AHEAD)
     collate_part = functools.partial(collate, processor=processor)
-    loader = make_loader(examples, rows, collate_part, num_workers=num_workers, ahead=ahead)
+    pin_memory = torch.cuda.is_available()
+    loader = make_loader(examples, rows, collate_part, num_workers=num_workers, ahead=ahead, pin_memory=pin_memory)
     parts = iter(loader)  # here, so that the workers begin before the first batch is asked for
     whole = device or torch.device("cpu")
     return (join([next(parts) for _ in rows.parts], processor, whole) for _ in range(start, stop))

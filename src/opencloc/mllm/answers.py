@@ -124,16 +124,13 @@ class Answerer:
         scores: dict[int, tuple[float, bool]] = {}
         for numbers, rows, known in self._batches(conversations, features, for_training=True):
             batch = self._inputs([conversations[i] for i in numbers], rows, known, for_training=True)
-            labels = batch.pop("labels")[:, 1:]
-            asked = labels != IGNORED
             with self._autocast():
-                hidden = self.model.model(**batch, use_cache=False).last_hidden_state
-                logits = self.model.lm_head(hidden[:, :-1][asked]).float()  # of the answers' tokens alone
-            token = logits.log_softmax(-1).gather(-1, labels[asked][:, None])[:, 0]
-            counts = asked.sum(1).tolist()
-            sums = torch.stack([part.sum() for part in token.double().split(counts)])
-            greedy = torch.stack([part.all() for part in (logits.argmax(-1) == labels[asked]).split(counts)])
-            scores.update(zip(numbers, zip(sums.tolist(), greedy.tolist(), strict=True), strict=True))
+                logits, said = self.model.learned_logits(**batch, use_cache=False)
+            logits, counts = logits.float(), [row.num_supervised for row in rows]
+            token = logits.log_softmax(-1).gather(-1, said[:, None])[:, 0]
+            sums = [float(part.sum()) for part in token.double().split(counts)]
+            greedy = [bool(part.all()) for part in (logits.argmax(-1) == said).split(counts)]
+            scores.update(zip(numbers, zip(sums, greedy, strict=True), strict=True))
         return [scores[i] for i in range(len(conversations))]
 
     def _batches(

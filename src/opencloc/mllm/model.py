@@ -208,16 +208,27 @@ class RegionLlava(LlavaForConditionalGeneration):
             forward: Any = super().forward
             return forward(**inputs, labels=labels, **options)
         count = options.pop("num_items_in_batch", None)  # tokens that the loss is the mean of, if not this batch's
-        hidden = self.model(**inputs, **options).last_hidden_state
-        learned = labels[:, 1:] != IGNORED  # what is said at a place is learned at the one before
+        logits, targets = self.learned_logits(labels, **inputs, **options)
         loss = self.loss_function(
-            logits=self.lm_head(hidden[:, :-1][learned]),
+            logits=logits,
             labels=None,
-            shift_labels=labels[:, 1:][learned],
+            shift_labels=targets,
             vocab_size=self.lm_head.out_features,
             num_items_in_batch=count,
         )
         return LlavaCausalLMOutputWithPast(loss=loss)
+
+    def learned_logits(
+        self, labels: Int[Tensor, "B T"], **inputs: Any
+    ) -> tuple[Float[Tensor, "L V"], Int[Tensor, " L"]]:
+        """(logits, targets) of the L tokens that `labels` has to learn, row by row; what says a token stands before it.
+
+        `inputs`: those of `forward`.
+        """
+        hidden = self.model(**inputs).last_hidden_state
+        targets = labels[:, 1:]
+        learned = targets != IGNORED
+        return self.lm_head(hidden[:, :-1][learned]), targets[learned]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -126,8 +126,7 @@ class Questions:
     def _presence(self, sample: Sample, rng: random.Random, kind: Kind, turns: list[Turn], prompts: list[Box]) -> None:
         """Questions about what is there and what is not, of each as many on average; each thing in one of them."""
         ask = exists if kind == "exists" else verify
-        often = Counter(map(canonical, sample.texts))
-        there = [n for n, text in enumerate(sample.texts) if often[canonical(text)] == 1]
+        there = occurring_once(sample.texts)
         rng.shuffle(there)
         missing = self.absent(sample, rng, self.max_turns)
         while len(turns) < 2 * self.max_turns and there and missing:
@@ -145,19 +144,19 @@ class Questions:
         self, sample: Sample, rng: random.Random, kinds: list[Kind], turns: list[Turn], prompts: list[Box]
     ) -> None:
         """Questions about one region after the other, each region in one of them."""
-        often = Counter(map(canonical, sample.texts))
+        once = set(occurring_once(sample.texts))
         left = list(range(len(sample.texts)))
         rng.shuffle(left)
         while left and len(turns) < 2 * self.max_turns:
             kind = kinds[rng.randrange(len(kinds))]
             number = left.pop()
             text = sample.texts[number]
-            is_only = often[canonical(text)] == 1
+            is_only = number in once
             at = len(prompts)
             prompts.append(Box(*map(float, sample.boxes[number])))
             if kind == "phrases" and is_only and left:
                 group = [(text, at)]
-                for other in [n for n in left if often[canonical(sample.texts[n])] == 1][:2]:
+                for other in [n for n in left if n in once][:2]:
                     left.remove(other)
                     group.append((sample.texts[other], len(prompts)))
                     prompts.append(Box(*map(float, sample.boxes[other])))
@@ -171,6 +170,12 @@ class Questions:
                 turns += _turns(choose(pair, at), text)
             elif "refer" in kinds or kind == "refer":
                 turns += _turns(refer(at), text)
+
+
+def occurring_once(texts: Sequence[str]) -> list[int]:
+    """The numbers of the texts that no other text equals: of these things one can ask where they are."""
+    often = Counter(map(canonical, texts))
+    return [number for number, text in enumerate(texts) if often[canonical(text)] == 1]
 
 
 def names_of(source: Source) -> list[str]:
