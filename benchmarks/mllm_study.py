@@ -5,7 +5,8 @@
 
 Encoders come first: CLOC and CLIP of the preset `tiny`, and a CLIP trained as long as it takes for its retrieval to
 equal CLOC's.  Then each arm joins a frozen encoder to a small Llama from scratch and trains it on questions about
-scenes.  A run leaves `OUT/NAME-SEED/result.json`, written last; runs with a result are skipped.
+scenes, in two stages: a third of the steps on naming regions alone, the rest on everything.  A run leaves
+`OUT/NAME-SEED/result.json`, written last; runs with a result are skipped.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ STEPS, BATCH_SIZE = 1500, 32
 MICRO_BATCH_SIZE = 16  # rows of like length, with little padding: a quarter less time
 SEEDS = (0, 1, 2)
 NUM_IMAGES = 512  # scored, of scenes that no run trains on
-RATE = 1e-3
+RATE = 4e-3
 COORDINATE_STEPS = 64  # one to a pixel
 WIDTH, LAYERS, HEADS = 128, 3, 4  # of the Llama
-QUERY_GAIN, VALUE_GAIN = 0.7, 0.3  # of its attention at the start
+EMBEDDING_STD = 0.7  # at the start, as large as what the layers add: smaller ones drown in it
+HEAD_STD = 0.02
+FIRST_QUESTIONS = ("refer",)  # of the first stage: names are learned from nothing else so soon
 QUESTIONS = ("refer", "ground", "ground", "verify", "exists", "caption")  # one that comes twice is asked twice as often
 LONGER = (2, 4, 8)  # times the preset's steps, until the long CLIP retrieves as CLOC does
 AT_ONCE = 64  # conversations answered together
@@ -130,7 +133,7 @@ def retrieval(folder: Path, num_images: int, device: str) -> float:
 
 
 def train_model(arm: Arm, seed: int, out: Path, steps: int, num_images: int, device: str) -> dict[str, Any]:
-    """Builds, trains and scores a multimodal model, on the way (at a third of the steps) and at the end."""
+    """Builds, trains and scores a multimodal model, after the first stage and after the second."""
     from opencloc.mllm.build import BuildConfig, build
     from opencloc.mllm.config import MllmDataConfig, MllmOptimConfig, MllmTrainConfig, Rates
     from opencloc.mllm.train import train
@@ -153,26 +156,26 @@ def train_model(arm: Arm, seed: int, out: Path, steps: int, num_images: int, dev
         build(config)
         if arm.blind:
             make_blind(start)
-    third = max(1, steps // 3)
-    train(
-        MllmTrainConfig(
-            model=str(start),
-            out=str(folder / "run"),
-            data=MllmDataConfig(train=(WORLD,), questions=QUESTIONS, num_workers=1 if device == "cuda" else 0),
+    third, model, scores = max(1, steps // 3), start, {}
+    stages = (("third", FIRST_QUESTIONS, third), ("final", QUESTIONS, max(1, steps - third)))
+    for number, (stage, questions, count) in enumerate(stages):
+        config = MllmTrainConfig(
+            model=str(model),
+            out=str(folder / stage),
+            data=MllmDataConfig(train=(WORLD,), questions=questions, num_workers=1 if device == "cuda" else 0),
             rates=Rates(projector=RATE, sampler=RATE, language_model=RATE),
-            optim=MllmOptimConfig(name="muon", weight_decay=0.1, warmup_steps=min(50, steps)),
-            steps=steps,
+            optim=MllmOptimConfig(name="muon", weight_decay=0.1, warmup_steps=min(50, count)),
+            steps=count,
             batch_size=BATCH_SIZE,
             micro_batch_size=MICRO_BATCH_SIZE,
+            attention="eager" if device == "cpu" else "sdpa",
             device=device,
-            seed=seed,
-            checkpoint_every=third,
-            keep_checkpoints=4,
+            seed=len(stages) * seed + number,
+            keep_checkpoints=1,
         )
-    )
-    early = score(folder / "run" / "checkpoints" / f"step_{third:07d}", num_images, device)
-    final = score(folder / "run" / "model", num_images, device)
-    return {"steps": steps, "third": early, "final": final}
+        model = train(config)
+        scores[stage] = score(model, num_images, device)
+    return {"steps": steps} | scores
 
 
 def language_model(folder: Path, seed: int) -> Path:
@@ -207,28 +210,18 @@ def language_model(folder: Path, seed: int) -> Path:
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
         max_position_embeddings=2048,
-        tie_word_embeddings=True,
+        initializer_range=WIDTH**-0.5,
+        tie_word_embeddings=False,
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=2,
     )
-    model = LlamaForCausalLM(config)
-    start_by_likeness(model)
+    model: Any = LlamaForCausalLM(config)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
+    torch.nn.init.normal_(model.get_output_embeddings().weight, std=HEAD_STD)
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
-
-
-@torch.no_grad()
-def start_by_likeness(model: Any) -> None:
-    """Has attention start as a search for tokens alike, which passes on what it finds (Trockman & Kolter 2023,
-    arXiv 2305.09828), so that names are sooner looked for among the patches."""
-    for layer in model.model.layers:
-        attention = layer.self_attn
-        torch.nn.init.orthogonal_(attention.q_proj.weight, gain=QUERY_GAIN)
-        attention.k_proj.weight.copy_(attention.q_proj.weight)
-        torch.nn.init.orthogonal_(attention.v_proj.weight, gain=VALUE_GAIN)
-        attention.o_proj.weight.copy_(attention.v_proj.weight.T)
 
 
 def training_texts() -> Iterator[str]:

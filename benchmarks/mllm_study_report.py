@@ -23,6 +23,7 @@ SCORES = {  # name in the results -> head of the column
     "caption recall": "caption recall",
     "caption precision": "precision",
 }
+FIRST = ["refer"]  # all that the first stage, a third of the steps, teaches
 DRAWN = ("refer", "ground", "exists", "caption recall")
 
 
@@ -43,7 +44,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def page(found: dict[str, list[dict[str, Any]]]) -> str:
-    """The tables as Markdown: encoders, models at the end, models at a third of the steps."""
+    """The tables as Markdown: encoders, models at the end, models after the first stage."""
     known = {arm.name: arm for arm in arms()}
     encoders = [
         [known[name].title, str(len(results)), steps_of(results), spread([r["retrieval"] for r in results])]
@@ -52,13 +53,13 @@ def page(found: dict[str, list[dict[str, Any]]]) -> str:
     ]
     text = "# Multimodal models on generated scenes\n\nPercent, mean and standard deviation over seeds.\n"
     text += "\n## Encoders\n\n" + table(["encoder", "seeds", "steps", "image to text R@1"], encoders)
-    for when, title in (("final", "Models"), ("third", "Models at a third of the steps")):
+    models = {name: results for name, results in found.items() if known[name].encoder is not None}
+    for when, title, scores in (("final", "Models", list(SCORES)), ("third", "After the first stage", FIRST)):
         rows = [
-            [known[name].title, str(len(results)), *(spread([r[when][score] for r in results]) for score in SCORES)]
-            for name, results in found.items()
-            if known[name].encoder is not None
+            [known[name].title, str(len(results)), *(spread([r[when][score] for r in results]) for score in scores)]
+            for name, results in models.items()
         ]
-        text += f"\n## {title}\n\n" + table(["model", "seeds", *SCORES.values()], rows)
+        text += f"\n## {title}\n\n" + table(["model", "seeds", *(SCORES[score] for score in scores)], rows)
     return text
 
 
@@ -68,7 +69,7 @@ def steps_of(results: list[dict[str, Any]]) -> str:
 
 
 def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Bars of the final scores, a dot for every seed and a tick for the score at a third of the steps."""
+    """Bars of the final scores, a dot for every seed and a tick for what is known after the first stage."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -81,16 +82,17 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for axis, score in zip(axes[0], DRAWN, strict=True):
         for place, (arm, results) in enumerate(shown):
             final = [100 * r["final"][score] for r in results]
-            third = 100 * statistics.mean(r["third"][score] for r in results)
             colour = "#0071bc" if "cloc" in arm.name else "#a0a0a0"
             axis.barh(place, statistics.mean(final), color=colour, height=0.6)
             axis.plot(final, [place] * len(final), ".", color="black", markersize=4)
-            axis.plot([third] * 2, [place - 0.3, place + 0.3], color="white", linewidth=2)
+            if score in FIRST:
+                early = 100 * statistics.mean(r["third"][score] for r in results)
+                axis.plot([early] * 2, [place - 0.3, place + 0.3], color="white", linewidth=2)
         axis.set_title(f"{SCORES[score]} (%)", fontsize=10)
         axis.set_xlim(0, 100)
         axis.set_yticks(range(len(shown)), [arm.title for arm, _ in shown], fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("Dots: seeds. White tick: at a third of the steps.", fontsize=9)
+    figure.suptitle("Dots: seeds. White tick: after the first stage.", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)

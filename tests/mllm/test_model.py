@@ -203,6 +203,10 @@ def test_shared_positions_speak_of_places_alike(built: Callable[..., Path]) -> N
     likeness = torch.nn.functional.cosine_similarity(diagonal[:, None], table[None], dim=-1)
     nearest = torch.tensor(numbers)[likeness.argmax(1)] / 999
     torch.testing.assert_close(nearest, (torch.arange(side) + 0.5) / side, atol=0.02, rtol=0)
+    words = model.get_input_embeddings().weight[[i for i in range(len(processor.tokenizer)) if i not in ids]]
+    assert positions.weight.std() == pytest.approx(float(words.std()), rel=0.1)
+    shown = positions(torch.randn(side**2, words.shape[1]) * 50) - positions.weight
+    assert shown.std() == pytest.approx(float(words.std()), rel=0.1)
 
 
 @pytest.mark.parametrize(

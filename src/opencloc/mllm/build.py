@@ -83,6 +83,7 @@ def build(config: BuildConfig) -> Path:
         sampler=config.sampler,
         prompter=None if prompter is None else prompter["settings"],
         shared_positions=config.shared_positions,
+        position_std=float(embeddings.detach().std()),
     )
     if -config.layer > vision.config.num_hidden_layers:
         raise ValueError(f"layer must be at least -{vision.config.num_hidden_layers}, the tower's layers")
@@ -97,7 +98,9 @@ def build(config: BuildConfig) -> Path:
         sampler.prompt_encoder.load_state_dict({name: prompter["prompt_encoder"][name] for name in own})
     _check_same_logits(model, language, config.llm)
     if config.shared_positions:
-        _start_numbers_from_basis(embeddings, tokenizer, config.coordinate_steps)
+        _start_numbers_from_basis(
+            embeddings, tokenizer, config.coordinate_steps, model.model.grid, described.position_std
+        )
         model.model.language_model.load_state_dict(language.model.state_dict())
         model.lm_head.load_state_dict(language.lm_head.state_dict())
     processor = make_processor(
@@ -174,11 +177,11 @@ def _add_tokens(language: Any, tokenizer: Any, where: str) -> Tensor:
     table = language.get_input_embeddings().weight
     size = max(tokenizer.get_vocab().values()) + 1
     if size > len(table):
-        spread = float(table.detach().std())
         language.resize_token_embeddings(size, pad_to_multiple_of=PAD_ROWS, mean_resizing=False)
         with torch.no_grad():
             for module in {language.get_input_embeddings(), language.get_output_embeddings()}:
-                nn.init.normal_(module.weight[len(table) :], std=spread)
+                known, new_rows = module.weight[: len(table)], module.weight[len(table) :]
+                nn.init.normal_(new_rows, std=float(known.std()))
     return language.get_input_embeddings().weight
 
 
@@ -193,7 +196,7 @@ def _check_same_logits(model: RegionLlava, language: Any, where: str) -> None:
 
 
 @torch.no_grad()
-def _start_numbers_from_basis(table: Tensor, tokenizer: Any, steps: int) -> None:
+def _start_numbers_from_basis(table: Tensor, tokenizer: Any, steps: int, grid: tuple[int, int], std: float) -> None:
     """Rows of the numbers that boxes are written in, where one is a token: the basis at (v, v), v = number / 999."""
     vocabulary = tokenizer.get_vocab()
     numbers = coordinate_numbers(steps)
@@ -201,4 +204,4 @@ def _start_numbers_from_basis(table: Tensor, tokenizer: Any, steps: int) -> None
         raise ValueError(f"shared_positions needs a tokenizer with whole numbers as tokens; {missing[0]} is none")
     rows = {vocabulary[str(n)]: n / SCALE for n in numbers}
     places = torch.tensor(list(rows.values()))[:, None].expand(-1, 2)
-    table[list(rows)] = position_basis(places, table.shape[1]).to(table.dtype)
+    table[list(rows)] = position_basis(places, table.shape[1], grid, std).to(table.dtype)

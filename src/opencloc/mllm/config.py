@@ -89,6 +89,9 @@ class MllmTrainConfig(RunConfig):
     final model they are merged into it."""
     batch_size: Count
     """Conversations per step, over all ranks."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """How attention is computed, as in pre-training.  Eager is the faster one for small models on some CPUs and takes
+    memory with the square of a conversation's length."""
     checkpoint_every: Annotated[Count, MAY_CHANGE] = 500
     """Steps between checkpoints; the last step always makes one."""
 

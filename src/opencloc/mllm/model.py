@@ -27,7 +27,6 @@ from opencloc.model import loading
 from opencloc.model.prompts import patch_centres, sinusoidal
 
 IGNORED = -100  # label of what is not learned: torch's
-POSITION_STD = 0.02  # of the patches' positions and the numbers' embeddings at the start: that of other embeddings
 Sampler = Literal["prompter", "roi", "points"]
 
 
@@ -38,7 +37,8 @@ class RegionLlavaConfig(LlavaConfig):
 
     `sampler`: what makes a region's token, see `opencloc.mllm.sampler`.  `prompter`: kind, embed_dim and options of the
     Prompter, for the sampler of that name.  `region_token_index`: the token that a region's vector takes the place of.
-    `shared_positions`: the image tokens, scaled alike, carry the position basis of prompts, learnable.
+    `shared_positions`: the image tokens carry the position basis of prompts, learnable; `position_std`: the spread of
+    both, which is that of the embeddings of words at the start.
     """
 
     model_type = "region_llava"
@@ -47,18 +47,20 @@ class RegionLlavaConfig(LlavaConfig):
     prompter: dict | None = None
     region_token_index: int = 32001
     shared_positions: bool = False
+    position_std: float = 0.02
 
 
 class PatchPositions(nn.Module):
     """What says to the language model where a patch lies: learnable, from the position basis of prompts."""
 
-    def __init__(self, grid: tuple[int, int], width: int) -> None:
+    def __init__(self, grid: tuple[int, int], width: int, std: float) -> None:
         super().__init__()
-        self.grid, self.weight = grid, nn.Parameter(torch.zeros(grid[0] * grid[1], width))
+        self.grid, self.std = grid, std
+        self.weight = nn.Parameter(torch.zeros(grid[0] * grid[1], width))
 
     def forward(self, tokens: Float[Tensor, "N W"]) -> Float[Tensor, "N W"]:
         """The image tokens with their places, as loud at the start as what they show."""
-        return F.rms_norm(tokens, tokens.shape[-1:]) * POSITION_STD + self.weight
+        return F.rms_norm(tokens, tokens.shape[-1:]) * self.std + self.weight
 
 
 class RegionLlavaModel(LlavaModel):
@@ -73,14 +75,16 @@ class RegionLlavaModel(LlavaModel):
         side = vision.image_size // vision.patch_size
         self.grid = (side, side)
         self.sampler = make_sampler(config.sampler, vision.hidden_size, width, self.grid, config.prompter)
-        self.patch_positions = PatchPositions(self.grid, width) if config.shared_positions else None
+        positions = PatchPositions(self.grid, width, config.position_std) if config.shared_positions else None
+        self.patch_positions = positions
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, PatchPositions):
-            init.copy_(module.weight, position_basis(patch_centres(module.grid), module.weight.shape[1]))
+            width = module.weight.shape[1]
+            init.copy_(module.weight, position_basis(patch_centres(module.grid), width, module.grid, module.std))
 
     def get_image_features(self, pixel_values: Tensor, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As LLaVA's: `pooler_output` holds the projected tokens of each image."""
@@ -246,12 +250,10 @@ class RegionLlava(LlavaForConditionalGeneration):
         super().save_pretrained(save_directory, *args, **{"save_original_format": False} | options)
 
 
-def position_basis(xy: Float[Tensor, "*S 2"], width: int) -> Float[Tensor, "*S W"]:
-    """The Prompter's position basis of points in [0, 1], as spread as other embeddings are at their start."""
-    return sinusoidal(xy, width, max_cycles=MAX_CYCLES) * POSITION_STD * 2**0.5
+def position_basis(xy: Float[Tensor, "*S 2"], width: int, grid: tuple[int, int], std: float) -> Float[Tensor, "*S W"]:
+    """The Prompter's position basis of points in [0, 1], for a (rows, columns) grid of patches; its spread is `std`."""
+    return sinusoidal(xy, width, max_cycles=max(grid) / 2) * std * 2**0.5
 
-
-MAX_CYCLES = 16.0  # per image, of the finest wave of `position_basis`
 
 AutoConfig.register(RegionLlavaConfig.model_type, RegionLlavaConfig)
 AutoModel.register(RegionLlavaConfig, RegionLlava)

@@ -128,6 +128,7 @@ def run(config: MllmTrainConfig, ranks: Ranks, device: torch.device, resume_from
 def load_trainable(config: MllmTrainConfig) -> tuple[Any, RegionLlavaProcessor]:
     """Model and processor to start from, in float32, with LoRA if asked for and the parts that are trained marked."""
     model = RegionLlava.from_pretrained(config.model).float()
+    model.set_attn_implementation(config.attention)
     processor = RegionLlavaProcessor.from_pretrained(config.model)
     if config.lora_rank is not None:
         add_lora(model, config.lora_rank, config.seed)
