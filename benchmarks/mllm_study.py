@@ -5,7 +5,7 @@
 
 Encoders come first: CLOC and CLIP of the preset `tiny`, and a CLIP trained as long as it takes for its retrieval to
 equal CLOC's.  Then each arm joins a frozen encoder to a small Llama from scratch and trains it on questions about
-scenes, in two stages: a third of the steps on naming regions alone, the rest on everything.  A run leaves
+scenes, in two stages: half of the steps on naming regions alone, the rest on everything.  A run leaves
 `OUT/NAME-SEED/result.json`, written last; runs with a result are skipped.
 """
 
@@ -133,7 +133,7 @@ def retrieval(folder: Path, num_images: int, device: str) -> float:
 
 
 def train_model(arm: Arm, seed: int, out: Path, steps: int, num_images: int, device: str) -> dict[str, Any]:
-    """Builds, trains and scores a multimodal model, after the first stage and after the second."""
+    """Builds, trains and scores a multimodal model: at a third of the steps, which is in the first stage, and at the end."""
     from opencloc.mllm.build import BuildConfig, build
     from opencloc.mllm.config import MllmDataConfig, MllmOptimConfig, MllmTrainConfig, Rates
     from opencloc.mllm.train import train
@@ -156,8 +156,8 @@ def train_model(arm: Arm, seed: int, out: Path, steps: int, num_images: int, dev
         build(config)
         if arm.blind:
             make_blind(start)
-    third, model, scores = max(1, steps // 3), start, {}
-    stages = (("third", FIRST_QUESTIONS, third), ("final", QUESTIONS, max(1, steps - third)))
+    third, half, model = max(1, steps // 3), max(1, steps // 2), start
+    stages = (("names", FIRST_QUESTIONS, half), ("all", QUESTIONS, max(1, steps - half)))
     for number, (stage, questions, count) in enumerate(stages):
         config = MllmTrainConfig(
             model=str(model),
@@ -171,11 +171,16 @@ def train_model(arm: Arm, seed: int, out: Path, steps: int, num_images: int, dev
             attention="eager" if device == "cpu" else "sdpa",
             device=device,
             seed=len(stages) * seed + number,
-            keep_checkpoints=1,
+            checkpoint_every=third,
+            keep_checkpoints=4,
         )
         model = train(config)
-        scores[stage] = score(model, num_images, device)
-    return {"steps": steps} | scores
+    early = folder / stages[0][0] / "checkpoints" / f"step_{third:07d}"
+    return {
+        "steps": steps,
+        "third": score(early, num_images, device),
+        "final": score(model, num_images, device),
+    }
 
 
 def language_model(folder: Path, seed: int) -> Path:

@@ -23,7 +23,7 @@ SCORES = {  # name in the results -> head of the column
     "caption recall": "caption recall",
     "caption precision": "precision",
 }
-FIRST = ["refer"]  # all that the first stage, a third of the steps, teaches
+FIRST = ["refer"]  # all that is taught until a third of the steps
 DRAWN = ("refer", "ground", "exists", "caption recall")
 
 
@@ -44,7 +44,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def page(found: dict[str, list[dict[str, Any]]]) -> str:
-    """The tables as Markdown: encoders, models at the end, models after the first stage."""
+    """The tables as Markdown: encoders, models at the end, models at a third of the steps."""
     known = {arm.name: arm for arm in arms()}
     encoders = [
         [known[name].title, str(len(results)), steps_of(results), spread([r["retrieval"] for r in results])]
@@ -54,7 +54,7 @@ def page(found: dict[str, list[dict[str, Any]]]) -> str:
     text = "# Multimodal models on generated scenes\n\nPercent, mean and standard deviation over seeds.\n"
     text += "\n## Encoders\n\n" + table(["encoder", "seeds", "steps", "image to text R@1"], encoders)
     models = {name: results for name, results in found.items() if known[name].encoder is not None}
-    for when, title, scores in (("final", "Models", list(SCORES)), ("third", "After the first stage", FIRST)):
+    for when, title, scores in (("final", "Models", list(SCORES)), ("third", "Models at a third of the steps", FIRST)):
         rows = [
             [known[name].title, str(len(results)), *(spread([r[when][score] for r in results]) for score in scores)]
             for name, results in models.items()
@@ -69,7 +69,7 @@ def steps_of(results: list[dict[str, Any]]) -> str:
 
 
 def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Bars of the final scores, a dot for every seed and a tick for what is known after the first stage."""
+    """Bars of the final scores, a dot for every seed and a tick for names at a third of the steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -92,7 +92,7 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axis.set_xlim(0, 100)
         axis.set_yticks(range(len(shown)), [arm.title for arm, _ in shown], fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("Dots: seeds. White tick: after the first stage.", fontsize=9)
+    figure.suptitle("Dots: seeds. White tick: at a third of the steps.", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)

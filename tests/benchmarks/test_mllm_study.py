@@ -39,7 +39,7 @@ def test_mllm_study_runs_from_encoders_to_mllm_study_report_and_mllm_transcript(
     assert "CLOC + Prompter" in page
     assert "no image" in page
     assert (tmp_path / "results" / "scores.svg").stat().st_size > 1000
-    model, out = runs / "cloc_prompter-0" / "final" / "model", tmp_path / "transcript"
+    model, out = runs / "cloc_prompter-0" / "all" / "model", tmp_path / "transcript"
     words = ["--model", str(model), "--data", mllm_study.WORLD, "--num-photos", "2", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["mllm_transcript", *words])
     mllm_transcript.main()
