@@ -133,7 +133,7 @@ def retrieval(folder: Path, num_images: int, device: str) -> float:
 
 
 def train_model(arm: Arm, seed: int, out: Path, steps: int, num_images: int, device: str) -> dict[str, Any]:
-    """Builds, trains and scores a multimodal model: at a third of the steps, which is in the first stage, and at the end."""
+    """Builds, trains and scores a multimodal model: at a third of the steps, within the first stage, and at the end."""
     from opencloc.mllm.build import BuildConfig, build
     from opencloc.mllm.config import MllmDataConfig, MllmOptimConfig, MllmTrainConfig, Rates
     from opencloc.mllm.train import train
