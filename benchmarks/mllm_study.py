@@ -34,7 +34,7 @@ NUM_IMAGES = 512  # scored, of scenes that no run trains on
 RATE = 4e-3
 COORDINATE_STEPS = 64  # one to a pixel
 WIDTH, LAYERS, HEADS = 128, 3, 4  # of the Llama
-EMBEDDING_STD = 0.7  # at the start, as large as what the layers add: smaller ones drown in it
+EMBEDDING_STD, OUTPUT_STD = 0.7, 0.005  # at the start: what a layer adds must not drown what a token is
 HEAD_STD = 0.02
 FIRST_QUESTIONS = ("refer",)  # of the first stage: names are learned from nothing else so soon
 QUESTIONS = ("refer", "ground", "ground", "verify", "exists", "caption")  # one that comes twice is asked twice as often
@@ -222,6 +222,9 @@ def language_model(folder: Path, seed: int) -> Path:
         bos_token_id=2,
     )
     model: Any = LlamaForCausalLM(config)
+    for name, weight in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            torch.nn.init.normal_(weight, std=OUTPUT_STD)
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
     torch.nn.init.normal_(model.get_output_embeddings().weight, std=HEAD_STD)
     model.save_pretrained(folder)
