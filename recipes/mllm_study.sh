@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The study of multimodal models: what CLOC's encoder and its Prompter contribute to a small LLaVA, on generated scenes.
-# 3 encoders and 10 models, 3 seeds.  On a free CPU core a model takes some ten minutes; with a GPU, run many at
+# 3 encoders and 10 models, 3 seeds.  On a free CPU core a model takes some seven minutes; with a GPU, run many at
 # once: --at-once 12.  Run again to go on; Ctrl-C loses at most the steps since a checkpoint.
 #   OUT  folder of the runs   RESULTS  folder of tables and plots   PYTHON  the interpreter
 # Extra arguments go to benchmarks/mllm_study.py (--only ARM ..., --seeds 0, --steps 150, --device cpu).
