@@ -172,10 +172,10 @@ def train_model(arm: Arm, seed: int, out: Path, steps: int, num_images: int, dev
             device=device,
             seed=len(stages) * seed + number,
             checkpoint_every=third,
-            keep_checkpoints=4,
+            keep_checkpoints=2,  # the one at a third and the last
         )
         model = train(config)
-    early = folder / stages[0][0] / "checkpoints" / f"step_{third:07d}"
+    early = folder / "names" / "checkpoints" / f"step_{third:07d}"
     return {
         "steps": steps,
         "third": score(early, num_images, device),

@@ -84,6 +84,12 @@ def test_micro_batches_compute_the_same(stage: Stage, whole: Path, tmp_path: Pat
     assert_close(weights(out), weights(whole))
 
 
+def test_plain_attention_computes_the_same(stage: Stage, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(replace(stage(out), attention="eager"))
+    assert_close(weights(out), weights(whole))
+
+
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_two_ranks_compute_what_one_process_does(sharding: str, stage: Stage, whole: Path, tmp_path: Path) -> None:
     config = replace(stage(tmp_path / "run"), sharding=sharding, micro_batch_size=1)
