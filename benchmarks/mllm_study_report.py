@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import save, table
-from benchmarks.mllm_study import Arm, arms
+from benchmarks.mllm_study import LANGUAGE, Arm, arms
 
 SCORES = {  # name in the results -> head of the column
     "refer": "names the region",
     "ground": "Acc@0.5",
+    "of some thing": "a box of some thing",
     "mean IoU": "mean IoU",
     "exists": "yes / no",
     "caption recall": "caption recall",
     "caption precision": "precision",
 }
-FIRST = ["refer"]  # all that is taught until a third of the steps
 DRAWN = ("refer", "ground", "exists", "caption recall")
 
 
@@ -44,22 +44,27 @@ def spread(values: Sequence[float]) -> str:
 
 
 def page(found: dict[str, list[dict[str, Any]]]) -> str:
-    """The tables as Markdown: encoders, models at the end, models at a third of the steps."""
+    """The tables as Markdown: encoders, the language model, models at the end and at a third of the steps."""
     known = {arm.name: arm for arm in arms()}
     encoders = [
         [known[name].title, str(len(results)), steps_of(results), spread([r["retrieval"] for r in results])]
         for name, results in found.items()
-        if known[name].encoder is None
+        if name.startswith("encoder_")
     ]
+    heads = ["seeds", *SCORES.values()]
+
+    def row(results: list[dict[str, Any]], when: str) -> list[str]:
+        return [str(len(results)), *(spread([r[when][score] for r in results]) for score in SCORES)]
+
     text = "# Multimodal models on generated scenes\n\nPercent, mean and standard deviation over seeds.\n"
     text += "\n## Encoders\n\n" + table(["encoder", "seeds", "steps", "image to text R@1"], encoders)
+    if LANGUAGE in found:
+        text += "\n## The language model, of scenes as tables of words\n\n"
+        text += table(["steps", *heads], [[steps_of(found[LANGUAGE]), *row(found[LANGUAGE], "scores")]])
     models = {name: results for name, results in found.items() if known[name].encoder is not None}
-    for when, title, scores in (("final", "Models", list(SCORES)), ("third", "Models at a third of the steps", FIRST)):
-        rows = [
-            [known[name].title, str(len(results)), *(spread([r[when][score] for r in results]) for score in scores)]
-            for name, results in models.items()
-        ]
-        text += f"\n## {title}\n\n" + table(["model", "seeds", *(SCORES[score] for score in scores)], rows)
+    for when, title in (("final", "Models"), ("third", "Models at a third of the steps")):
+        rows = [[known[name].title, *row(results, when)] for name, results in models.items()]
+        text += f"\n## {title}\n\n" + table(["model", *heads], rows)
     return text
 
 
@@ -69,7 +74,7 @@ def steps_of(results: list[dict[str, Any]]) -> str:
 
 
 def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Bars of the final scores, a dot for every seed and a tick for names at a third of the steps."""
+    """Bars of the final scores, a dot for every seed and a tick for the score at a third of the steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -85,9 +90,8 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
             colour = "#0071bc" if "cloc" in arm.name else "#a0a0a0"
             axis.barh(place, statistics.mean(final), color=colour, height=0.6)
             axis.plot(final, [place] * len(final), ".", color="black", markersize=4)
-            if score in FIRST:
-                early = 100 * statistics.mean(r["third"][score] for r in results)
-                axis.plot([early] * 2, [place - 0.3, place + 0.3], color="white", linewidth=2)
+            early = 100 * statistics.mean(r["third"][score] for r in results)
+            axis.plot([early] * 2, [place - 0.3, place + 0.3], color="white", linewidth=2)
         axis.set_title(f"{SCORES[score]} (%)", fontsize=10)
         axis.set_xlim(0, 100)
         axis.set_yticks(range(len(shown)), [arm.title for arm, _ in shown], fontsize=9)
@@ -104,7 +108,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/mllm"), help="folder for tables and plots")
     arguments = parser.parse_args()
     found = read_results(arguments.runs)
-    if not any(name for name in found if not name.startswith("encoder_")):
+    if not any(arm.encoder for arm in arms() if arm.name in found):
         raise SystemExit(f"{arguments.runs}: no results of models yet")
     arguments.out.mkdir(parents=True, exist_ok=True)
     save(arguments.out, found, page(found))

@@ -98,7 +98,7 @@ def build(config: BuildConfig) -> Path:
         sampler.prompt_encoder.load_state_dict({name: prompter["prompt_encoder"][name] for name in own})
     _check_same_logits(model, language, config.llm)
     if config.shared_positions:
-        _start_numbers_from_basis(
+        start_numbers_from_basis(
             embeddings, tokenizer, config.coordinate_steps, model.model.grid, described.position_std
         )
         model.model.language_model.load_state_dict(language.model.state_dict())
@@ -196,7 +196,7 @@ def _check_same_logits(model: RegionLlava, language: Any, where: str) -> None:
 
 
 @torch.no_grad()
-def _start_numbers_from_basis(table: Tensor, tokenizer: Any, steps: int, grid: tuple[int, int], std: float) -> None:
+def start_numbers_from_basis(table: Tensor, tokenizer: Any, steps: int, grid: tuple[int, int], std: float) -> None:
     """Rows of the numbers that boxes are written in, where one is a token: the basis at (v, v), v = number / 999."""
     vocabulary = tokenizer.get_vocab()
     numbers = coordinate_numbers(steps)
