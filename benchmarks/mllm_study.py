@@ -32,7 +32,7 @@ ALIGN_SHARE = 0.2  # of the steps: the first stage
 LANGUAGE_STEPS = 2400
 SEEDS = (0, 1, 2)
 NUM_IMAGES = 512  # scored, of scenes that no run trains on
-RATE, LM_RATE = 4e-3, 4e-3
+RATE = 4e-3
 LANGUAGE = "language"  # the run of the language model
 LONGER = (2, 4, 8)  # times the preset's steps, until the long CLIP retrieves as CLOC does
 
@@ -162,7 +162,7 @@ def train_model(arm: Arm, seed: int, out: Path, steps: int, num_images: int, dev
     early, model = max(1, steps // 3 - align), start
     stages = (
         ("align", align, Rates(projector=RATE, sampler=RATE)),
-        ("instruct", max(1, steps - align), Rates(projector=RATE, sampler=RATE, language_model=LM_RATE)),
+        ("instruct", max(1, steps - align), Rates(projector=RATE, sampler=RATE, language_model=RATE)),
     )
     for number, (stage, count, rates) in enumerate(stages):
         config = MllmTrainConfig(
