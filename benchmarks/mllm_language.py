@@ -12,15 +12,36 @@ from __future__ import annotations
 import copy
 import random
 import re
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.mllm_scores import score
+from opencloc import files
+from opencloc.boxes import Letterbox
+from opencloc.config import OptimConfig
+from opencloc.data.sources.spec import open_source
+from opencloc.devices import computes_in_bf16
+from opencloc.errors import BadSample
+from opencloc.mllm import templates
+from opencloc.mllm.boxes_text import box_text, coordinate_numbers
+from opencloc.mllm.build import start_numbers_from_basis
+from opencloc.mllm.chat_format import chat_format
+from opencloc.mllm.config import MllmOptimConfig, Rates
+from opencloc.mllm.model import IGNORED, position_basis
+from opencloc.mllm.parts import make_optimizer
+from opencloc.mllm.processor import IMAGE, RegionLlavaProcessor, Row
+from opencloc.model.prompts import patch_centres
+from opencloc.progress import Meter
+from opencloc.train.optim import learning_rate
 
 NUM_THINGS = 120
 WORLD = f"scenes:rich?num_things={NUM_THINGS}"
@@ -32,13 +53,10 @@ EMBEDDING_STD, OUTPUT_STD = 0.7, 0.005  # at the start: what a layer adds must n
 HEAD_STD = 0.02
 STATEMENT_SHARE = 0.4  # of the steps
 BATCH_SIZE, RATE, WEIGHT_DECAY, WARMUP_STEPS = 32, 4e-3, 0.1, 50
-REPORT_EVERY = 50  # steps
 
 
 def language_model(folder: Path, seed: int, steps: int, num_scenes: int, device: str) -> dict[str, float]:
     """Trains the model, writes it and its tokenizer to `folder` and returns how well it reads scenes that are new."""
-    from opencloc import files
-
     tokenizer = words_tokenizer()
     model = new_llama(len(tokenizer), seed)
     reader = Reader(model, tokenizer, device)
@@ -52,11 +70,6 @@ def language_model(folder: Path, seed: int, steps: int, num_scenes: int, device:
 
 def words_tokenizer() -> Any:
     """A tokenizer of whole words, which also has the numbers of boxes."""
-    from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    from opencloc.mllm.boxes_text import coordinate_numbers
-
     special = ["<pad>", "<end>", "<start>", "<unk>"]
     punctuation = pre_tokenizers.Split(Regex(r"[\[\],.;:?]"), "isolated")
     pieces = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), punctuation])
@@ -76,9 +89,6 @@ def words_tokenizer() -> Any:
 
 def training_texts() -> Iterator[str]:
     """Texts with every word that the questions and answers of the study have."""
-    from opencloc.data.sources.spec import open_source
-    from opencloc.mllm import templates
-
     source: Any = open_source(WORLD)
     yield "USER: ASSISTANT: , . ; : ? [ ] 0 999"
     for name in source.config.class_names():
@@ -91,8 +101,6 @@ def training_texts() -> Iterator[str]:
 def new_llama(num_words: int, seed: int) -> Any:
     """A Llama whose embeddings stay audible and whose attention starts as a search for tokens alike
     (Trockman & Kolter 2023, arXiv 2305.09828)."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=num_words,
@@ -125,21 +133,14 @@ class Reader:
     """Teaches a language model, in place, to read scenes that are written as tables of words."""
 
     def __init__(self, model: Any, tokenizer: Any, device: str) -> None:
-        from opencloc.data.sources.spec import open_source
-        from opencloc.mllm import templates
-        from opencloc.mllm.build import start_numbers_from_basis
-        from opencloc.mllm.chat_format import chat_format
-        from opencloc.mllm.model import position_basis
-        from opencloc.mllm.processor import IMAGE, RegionLlavaProcessor
-        from opencloc.model.prompts import patch_centres
-
         table = model.get_input_embeddings().weight
         table.requires_grad_(False)  # `build` starts the numbers from the basis again: they must be what they are here
         std = float(table.std())
         start_numbers_from_basis(table, tokenizer, COORDINATE_STEPS, GRID, std)
         self.model, self.device = model.to(device), torch.device(device)
+        self.bf16 = computes_in_bf16("auto", self.device)
         model.set_attn_implementation("eager" if device == "cpu" else "sdpa")
-        self.places, self.std = position_basis(patch_centres(GRID), WIDTH, GRID, std).to(device), std
+        self.places = position_basis(patch_centres(GRID), WIDTH, GRID, std).to(device)
         self.tokenizer = tokenizer
         with_image = copy.deepcopy(tokenizer)
         with_image.add_special_tokens({"additional_special_tokens": [IMAGE]})
@@ -154,9 +155,9 @@ class Reader:
         self.scenes: Any = open_source(WORLD, image_px=IMAGE_PX)
         self.new_scenes: Any = open_source(f"{WORLD}&seed=1", image_px=IMAGE_PX)
         self.questions = templates.Questions(templates.names_of(self.scenes), QUESTIONS)
-        names = [(".",), *((name,) for name in self.questions.names)]
-        self.number_of = {name: number for number, (name,) in enumerate(names)}
-        means = torch.stack([table[self.ids(name)].mean(0) for (name,) in names])
+        names = [".", *self.questions.names]
+        self.number_of = {name: number for number, name in enumerate(names)}
+        means = torch.stack([table[self.ids(name)].mean(0) for name in names])
         self.cells = F.rms_norm(means.detach(), (WIDTH,)) * std  # as image tokens are before their places are added
 
     def ids(self, text: str) -> list[int]:
@@ -165,58 +166,46 @@ class Reader:
     def train(self, steps: int, seed: int) -> None:
         """Statements, then questions."""
         statements = max(1, round(STATEMENT_SHARE * steps))
-        self._stage("statements", self._statement, statements, 2 * seed)
-        self._stage("questions", self._question, max(1, steps - statements), 2 * seed + 1)
+        self._stage("statements", self.statement, statements, 2 * seed)
+        self._stage("questions", self.question, max(1, steps - statements), 2 * seed + 1)
 
     def _stage(self, name: str, make: Any, steps: int, seed: int) -> None:
-        from opencloc.config import OptimConfig
-        from opencloc.errors import BadSample
-        from opencloc.mllm.config import MllmOptimConfig, Rates
-        from opencloc.mllm.parts import make_optimizer
-        from opencloc.train.optim import learning_rate
-
         optim = MllmOptimConfig(name="muon", weight_decay=WEIGHT_DECAY, warmup_steps=min(WARMUP_STEPS, steps))
         optimizer = make_optimizer(self.model, Rates(language_model=RATE), optim)
         schedule = OptimConfig(lr=1.0, warmup_steps=optim.warmup_steps)
-        rng, number, started, losses = random.Random(seed), seed << 32, time.monotonic(), []
+        rng, number = random.Random(seed), seed << 32
         self.model.train()
-        for step in range(steps):
-            made: list[Any] = []
-            while len(made) < BATCH_SIZE:
-                number += 1
-                try:
-                    sample = self.scenes[number]
-                    made.append((make(sample, rng), sample))
-                except BadSample:
-                    continue  # nothing to ask about
-            made.sort(key=lambda one: len(one[0].input_ids))
-            total = sum(row.num_supervised for row, _ in made)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, schedule) * group["rate"]
-            losses.append(0.0)
-            for part in (made[: BATCH_SIZE // 2], made[BATCH_SIZE // 2 :]):
-                loss = self._loss(*zip(*part, strict=True)) / total
-                loss.backward()
-                losses[-1] += loss.item()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
-                pace = (time.monotonic() - started) / (step + 1)
-                loss, eta = sum(losses) / len(losses), pace * (steps - step - 1)
-                print(
-                    f"{name} {step + 1}/{steps}  loss {loss:.3f}  {1 / pace:.1f} steps/s  ETA {eta:.0f} s", flush=True
-                )
-                losses.clear()
+        with Meter(name, steps, unit="steps") as meter:
+            for step in range(steps):
+                made: list[Any] = []
+                while len(made) < BATCH_SIZE:
+                    number += 1
+                    try:
+                        sample = self.scenes[number]
+                        made.append((make(sample, rng), sample))
+                    except BadSample:
+                        continue  # nothing to ask about
+                made.sort(key=lambda one: len(one[0].input_ids))
+                total = sum(row.num_supervised for row, _ in made)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, steps, schedule) * group["rate"]
+                mean = 0.0
+                for part in (made[: BATCH_SIZE // 2], made[BATCH_SIZE // 2 :]):
+                    loss = self._loss(*zip(*part, strict=True)) / total
+                    loss.backward()
+                    mean += loss.item()
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                meter.note = f"loss {mean:.3f}"
+                meter.advance()
 
     def _loss(self, rows: Sequence[Any], samples: Sequence[Any]) -> Tensor:
         """The sum over the learned tokens."""
-        from opencloc.mllm.model import IGNORED
-
         batch = self._batch(rows, samples, for_training=True)
         targets = batch.pop("labels")[:, 1:]
         learned = targets != IGNORED
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             hidden = self.model.model(**batch).last_hidden_state
             logits = self.model.lm_head(hidden[:, :-1][learned])
         return F.cross_entropy(logits.float(), targets[learned], reduction="sum")
@@ -226,15 +215,12 @@ class Reader:
         ids = batch["input_ids"]
         is_cell = ids == self.processor.image_token_id
         embeddings = self.model.get_input_embeddings()(ids.masked_fill(is_cell, 0))
-        cells = torch.stack([self._table(sample) for sample in samples]).flatten(0, 1)
+        cells = torch.stack([self.table(sample) for sample in samples]).flatten(0, 1)
         batch = {name: batch[name] for name in ("attention_mask", "labels") if name in batch}
         return batch | {"inputs_embeds": embeddings.masked_scatter(is_cell[..., None], cells)}
 
-    def _table(self, sample: Any) -> Tensor:
+    def table(self, sample: Any) -> Tensor:
         """The scene as a table of words: for each cell the name of what covers its centre, or a full stop."""
-        from opencloc.boxes import Letterbox
-        from opencloc.model.prompts import patch_centres
-
         letterbox = Letterbox(width_px=sample.image.width, height_px=sample.image.height)
         centres = patch_centres(GRID)
         found = torch.zeros(len(centres), dtype=torch.long)
@@ -245,17 +231,8 @@ class Reader:
             found[inside] = self.number_of[name]
         return self.cells[found.to(self.device)] + self.places
 
-    def _statement(self, sample: Any, rng: random.Random) -> Any:
+    def statement(self, sample: Any, rng: random.Random) -> Any:
         """Where each thing is, or what is there: `apple 12 30 44 60. 3 4 9 11 dog.`; the second half is learned."""
-        import numpy as np
-
-        from opencloc.boxes import Letterbox
-        from opencloc.errors import BadSample
-        from opencloc.mllm import templates
-        from opencloc.mllm.boxes_text import box_text
-        from opencloc.mllm.model import IGNORED
-        from opencloc.mllm.processor import Row
-
         letterbox = Letterbox(width_px=sample.image.width, height_px=sample.image.height)
         ids = [self.processor.image_token_id] * (GRID[0] * GRID[1])
         labels, stop = [IGNORED] * len(ids), self.ids(".")
@@ -272,14 +249,12 @@ class Reader:
             labels += [*[IGNORED] * len(given), *learned, *[IGNORED] * len(stop)]
         return Row(input_ids=ids, labels=labels, square=None, boxes=np.zeros((0, 4)), kinds=[], masks=[])
 
-    def _question(self, sample: Any, rng: random.Random) -> Any:
+    def question(self, sample: Any, rng: random.Random) -> Any:
         return self.processor.encode(self.questions(sample, rng), for_training=True)
 
     @torch.no_grad()
     def score(self, num_scenes: int) -> dict[str, float]:
         """Shares of right answers about scenes that it has not read."""
-        from benchmarks.mllm_scores import score
-
         self.model.eval()
 
         def answer(samples: Sequence[Any], conversations: Sequence[Any], length: int) -> list[str]:

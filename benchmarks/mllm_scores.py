@@ -8,6 +8,12 @@ from typing import Any
 
 import torch
 
+from opencloc.boxes import Letterbox, iou
+from opencloc.mllm import templates
+from opencloc.mllm.boxes_text import find_boxes
+from opencloc.mllm.conversation import Conversation, Turn
+from opencloc.model.prompts import Box
+
 LENGTHS = {"refer": 8, "ground": 16, "exists": 3, "caption": 60}  # most tokens of an answer
 AT_ONCE = 64  # conversations answered together
 GOOD_IOU = 0.5
@@ -20,8 +26,6 @@ def score(answer: Answer, source: Any, num_images: int) -> dict[str, float]:
 
     `of some thing`: of the boxes, those with IoU >= 0.5 with any thing of the scene.
     """
-    from opencloc.mllm import templates
-
     ask = templates.Questions(templates.names_of(source))
     right: dict[str, list[float]] = {}
     asked = [one for number in range(num_images) for one in _questions(source[number], random.Random(number), ask)]
@@ -38,9 +42,6 @@ def score(answer: Answer, source: Any, num_images: int) -> dict[str, float]:
 
 def _questions(sample: Any, rng: random.Random, ask: Any) -> list[tuple[str, Any, Any, Any]]:
     """(kind, sample, conversation, what is right) of all that a scene is asked."""
-    from opencloc.mllm import templates
-    from opencloc.mllm.conversation import Conversation, Turn
-    from opencloc.model.prompts import Box
 
     def one(kind: str, text: str, truth: Any, *prompts: Any) -> tuple[str, Any, Any, Any]:
         return kind, sample, Conversation(image=sample.image, turns=(Turn("user", text),), prompts=prompts), truth
@@ -58,10 +59,6 @@ def _questions(sample: Any, rng: random.Random, ask: Any) -> list[tuple[str, Any
 
 def _values(kind: str, answer: str, sample: Any, truth: Any, names: Sequence[str]) -> dict[str, float]:
     """What an answer adds to the shares."""
-    from opencloc.boxes import Letterbox, iou
-    from opencloc.mllm import templates
-    from opencloc.mllm.boxes_text import find_boxes
-
     if kind == "refer":
         return {"refer": squeezed(answer) == squeezed(truth)}
     if kind == "exists":

@@ -25,6 +25,19 @@ from benchmarks.mllm_language import COORDINATE_STEPS, QUESTIONS, WORLD, languag
 from benchmarks.mllm_scores import score
 from benchmarks.runs import Run, has_result, run_all, this_program
 from opencloc import files
+from opencloc.data.sources.spec import open_source
+from opencloc.devices import choose_device
+from opencloc.eval.encoders import load_encoder
+from opencloc.eval.report import flat_metrics
+from opencloc.eval.run import evaluate
+from opencloc.eval.sets.source import source_set
+from opencloc.mllm.build import BuildConfig, build, save
+from opencloc.mllm.config import MllmDataConfig, MllmOptimConfig, MllmTrainConfig, Rates
+from opencloc.mllm.model import RegionLlava
+from opencloc.mllm.processor import RegionLlavaProcessor
+from opencloc.mllm.train import train as train_mllm
+from opencloc.presets import PRESETS
+from opencloc.train.loop import train as pretrain
 
 STEPS, BATCH_SIZE = 1500, 32
 MICRO_BATCH_SIZE = 16  # rows of like length, with little padding: a quarter less time
@@ -97,9 +110,6 @@ def run(arm: Arm, seed: int, out: Path, steps: int, num_images: int, device: str
 
 def train_encoder(arm: Arm, seed: int, out: Path, steps: int, num_images: int, device: str) -> dict[str, Any]:
     """Trains an encoder of the preset `tiny`; its steps shrink with those of the arms."""
-    from opencloc.presets import PRESETS
-    from opencloc.train.loop import train
-
     preset = PRESETS["tiny"]()
     base = max(1, preset.steps * steps // STEPS)
     wanted = None
@@ -110,7 +120,7 @@ def train_encoder(arm: Arm, seed: int, out: Path, steps: int, num_images: int, d
     for times in (1,) if wanted is None else LONGER:
         folder = out / f"{arm.name}-{seed}" / f"times_{times}"
         changes: dict[str, Any] = {"out": str(folder), "seed": seed, "steps": base * times, "device": device}
-        train(replace(preset, loss=replace(preset.loss, region_weight=weight), **changes))
+        pretrain(replace(preset, loss=replace(preset.loss, region_weight=weight), **changes))
         score = retrieval(folder / "model", num_images, device)
         result = {"steps": base * times, "retrieval": score, "model": str((folder / "model").relative_to(out))}
         if wanted is not None and score >= wanted:
@@ -120,12 +130,6 @@ def train_encoder(arm: Arm, seed: int, out: Path, steps: int, num_images: int, d
 
 def retrieval(folder: Path, num_images: int, device: str) -> float:
     """Image-to-text recall at 1 among the captions of so many scenes."""
-    from opencloc.data.sources.spec import open_source
-    from opencloc.eval.encoders import load_encoder
-    from opencloc.eval.report import flat_metrics
-    from opencloc.eval.run import evaluate
-    from opencloc.eval.sets.source import source_set
-
     encoder = load_encoder(folder, "crop", device=device)
     data = source_set(open_source(f"{WORLD}&seed=1&image_px=64"), "scenes")
     found = flat_metrics(evaluate(encoder, data, ("image-retrieval",), num_images=num_images))[encoder.name]
@@ -134,10 +138,6 @@ def retrieval(folder: Path, num_images: int, device: str) -> float:
 
 def train_model(arm: Arm, seed: int, out: Path, steps: int, num_images: int, device: str) -> dict[str, Any]:
     """Builds, trains and scores a multimodal model, at a third of the steps and at the end."""
-    from opencloc.mllm.build import BuildConfig, build
-    from opencloc.mllm.config import MllmDataConfig, MllmOptimConfig, MllmTrainConfig, Rates
-    from opencloc.mllm.train import train
-
     folder = out / f"{arm.name}-{seed}"
     encoder, language = (
         out / json.loads((out / f"{name}-{seed}" / "result.json").read_text())["model"] for name in arm.needs
@@ -180,7 +180,7 @@ def train_model(arm: Arm, seed: int, out: Path, steps: int, num_images: int, dev
             checkpoint_every=early,
             keep_checkpoints=count // early + 1,
         )
-        model = train(config)
+        model = train_mllm(config)
     return {
         "steps": steps,
         "third": score_folder(folder / "instruct" / "checkpoints" / f"step_{early:07d}", num_images, device),
@@ -190,10 +190,6 @@ def train_model(arm: Arm, seed: int, out: Path, steps: int, num_images: int, dev
 
 def make_blind(folder: Path) -> None:
     """Zeroes the weights that read pixels, so that all images look the same."""
-    from opencloc.mllm.build import save
-    from opencloc.mllm.model import RegionLlava
-    from opencloc.mllm.processor import RegionLlavaProcessor
-
     model = RegionLlava.from_pretrained(folder)
     with torch.no_grad():
         model.model.vision_tower.embeddings.patch_embedding.weight.zero_()
@@ -202,11 +198,6 @@ def make_blind(folder: Path) -> None:
 
 def score_folder(folder: Path, num_images: int, device: str) -> dict[str, float]:
     """Shares of right answers of a model about scenes that nobody trained on."""
-    from opencloc.data.sources.spec import open_source
-    from opencloc.devices import choose_device
-    from opencloc.mllm.model import RegionLlava
-    from opencloc.mllm.processor import RegionLlavaProcessor
-
     model = RegionLlava.from_pretrained(folder).to(choose_device(device)).eval()
     processor = RegionLlavaProcessor.from_pretrained(folder)
 

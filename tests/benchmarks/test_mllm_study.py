@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def test_mllm_study_runs_from_encoders_to_mllm_study_report_and_mllm_transcript(
         else:
             assert {"refer", "ground", "exists", "caption recall"} <= result["third"].keys() & result["final"].keys()
             assert all(0 <= value <= 1 for value in result["final"].values())
-    learned = AutoModelForCausalLM.from_pretrained(runs / "language-0" / "model").get_input_embeddings().weight
+    learned: Any = AutoModelForCausalLM.from_pretrained(runs / "language-0" / "model").get_input_embeddings().weight
     begun = RegionLlava.from_pretrained(runs / "cloc_prompter-0" / "start").get_input_embeddings().weight
     torch.testing.assert_close(begun[: len(learned)], learned, rtol=0.02, atol=0.0)  # numbers too, which `build` starts
     command = [sys.executable, "-m", "benchmarks.mllm_study", "--out", str(runs), "--only", "no_image", "--seeds", "0"]
@@ -94,10 +95,10 @@ def test_scene_as_a_table_names_what_is_in_each_cell() -> None:
         image=Image.new("RGB", (64, 64)), captions=(), boxes=boxes, texts=("apple", "bento box", "camel"), key="drawn"
     )
     expected = {0: "apple", 1: "apple", 8: "apple", 9: "apple", 36: "bento box", 6: "camel", 7: "camel"}
-    nearest = torch.cdist(reader._table(sample) - reader.places, reader.cells).argmin(1)
+    nearest = torch.cdist(reader.table(sample) - reader.places, reader.cells).argmin(1)
     names = {number: name for name, number in reader.number_of.items()}
     assert [names[int(number)] for number in nearest] == [expected.get(cell, ".") for cell in range(64)]
-    row = reader._statement(sample, random.Random(0))
+    row = reader.statement(sample, random.Random(0))
     text = tokenizer.decode([token for token in row.input_ids if token != reader.processor.image_token_id])
     assert set(text.replace(" .", ".").rstrip(".").split(". ")) <= {
         *("apple 0 0 254 254", "0 0 254 254 apple"),
