@@ -2,9 +2,9 @@
 
 Real language models can look a word up in what they have read; a model from scratch does not learn that from questions
 about images.  So it first learns from scenes written down: a table of words that has a cell for each patch, with the
-name of the thing in that cell or a full stop, each at its place in the position basis.  At first a statement follows
-(`apple 12 30 44 60`), where name and numbers are neighbours, then the study's questions and answers.  No encoder has a
-part in it, so all arms of a seed begin with the same language model.
+name of the thing in that cell or a full stop, each at its place in the position basis.  At first statements follow,
+`apple 12 30 44 60` or `12 30 44 60 apple`, where name and numbers are neighbours; later the study's questions.  No
+encoder has a part in it, and all arms of a seed begin with the same language model.
 """
 
 from __future__ import annotations
@@ -220,7 +220,10 @@ class Reader:
         return batch | {"inputs_embeds": embeddings.masked_scatter(is_cell[..., None], cells)}
 
     def table(self, sample: Any) -> Tensor:
-        """The scene as a table of words: for each cell the name of what covers its centre, or a full stop."""
+        """The scene as a table of words (N, W): for each cell the name of what covers its centre, or a full stop.
+
+        The cell nearest to a thing's centre is the thing's, however small it is; later things cover earlier ones.
+        """
         letterbox = Letterbox(width_px=sample.image.width, height_px=sample.image.height)
         centres = patch_centres(GRID)
         found = torch.zeros(len(centres), dtype=torch.long)

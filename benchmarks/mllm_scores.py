@@ -33,7 +33,9 @@ def score(answer: Answer, source: Any, num_images: int) -> dict[str, float]:
         own = [one for one in asked if one[0] == kind]
         for first in range(0, len(own), AT_ONCE):
             part = own[first : first + AT_ONCE]
-            answers = answer([sample for _, sample, _, _ in part], [one for _, _, one, _ in part], length)
+            answers = answer(
+                [sample for _, sample, _, _ in part], [conversation for _, _, conversation, _ in part], length
+            )
             for (_, sample, _, truth), text in zip(part, answers, strict=True):
                 for name, value in _values(kind, text, sample, truth, ask.names).items():
                     right.setdefault(name, []).append(float(value))
@@ -41,19 +43,19 @@ def score(answer: Answer, source: Any, num_images: int) -> dict[str, float]:
 
 
 def _questions(sample: Any, rng: random.Random, ask: Any) -> list[tuple[str, Any, Any, Any]]:
-    """(kind, sample, conversation, what is right) of all that a scene is asked."""
+    """(kind, sample, conversation, what is right) for every question about a scene."""
 
-    def one(kind: str, text: str, truth: Any, *prompts: Any) -> tuple[str, Any, Any, Any]:
+    def asking(kind: str, text: str, truth: Any, *prompts: Any) -> tuple[str, Any, Any, Any]:
         return kind, sample, Conversation(image=sample.image, turns=(Turn("user", text),), prompts=prompts), truth
 
-    asked = [one("caption", templates.CAPTION, None)]
+    asked = [asking("caption", templates.CAPTION, None)]
     if only := templates.occurring_once(sample.texts):
         k = only[rng.randrange(len(only))]
         text = sample.texts[k]
-        asked.append(one("refer", templates.refer(), text, Box(*map(float, sample.boxes[k]))))
-        asked.append(one("ground", templates.ground(text), k))
-        asked.append(one("exists", templates.exists(text), templates.YES))
-        asked += [one("exists", templates.exists(name), templates.NO) for name in ask.absent(sample, rng, 1)]
+        asked.append(asking("refer", templates.refer(), text, Box(*map(float, sample.boxes[k]))))
+        asked.append(asking("ground", templates.ground(text), k))
+        asked.append(asking("exists", templates.exists(text), templates.YES))
+        asked += [asking("exists", templates.exists(name), templates.NO) for name in ask.absent(sample, rng, 1)]
     return asked
 
 

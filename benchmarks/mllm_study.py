@@ -21,7 +21,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.mllm_language import COORDINATE_STEPS, QUESTIONS, WORLD, language_model
+from benchmarks import mllm_language
+from benchmarks.mllm_language import (
+    BATCH_SIZE,
+    COORDINATE_STEPS,
+    QUESTIONS,
+    RATE,
+    WARMUP_STEPS,
+    WEIGHT_DECAY,
+    WORLD,
+    language_model,
+)
 from benchmarks.mllm_scores import score
 from benchmarks.runs import Run, has_result, run_all, this_program
 from opencloc import files
@@ -39,13 +49,12 @@ from opencloc.mllm.train import train as train_mllm
 from opencloc.presets import PRESETS
 from opencloc.train.loop import train as pretrain
 
-STEPS, BATCH_SIZE = 1500, 32
+STEPS = 1500
 MICRO_BATCH_SIZE = 16  # rows of like length, with little padding: a quarter less time
 ALIGN_SHARE = 0.2  # of the steps: the first stage
 LANGUAGE_STEPS = 2400
 SEEDS = (0, 1, 2)
 NUM_IMAGES = 512  # scored, of scenes that no run trains on
-RATE = 4e-3
 LANGUAGE = "language"  # the run of the language model
 LONGER = (2, 4, 8)  # times the preset's steps, until the long CLIP retrieves as CLOC does
 
@@ -121,17 +130,17 @@ def train_encoder(arm: Arm, seed: int, out: Path, steps: int, num_images: int, d
         folder = out / f"{arm.name}-{seed}" / f"times_{times}"
         changes: dict[str, Any] = {"out": str(folder), "seed": seed, "steps": base * times, "device": device}
         pretrain(replace(preset, loss=replace(preset.loss, region_weight=weight), **changes))
-        score = retrieval(folder / "model", num_images, device)
-        result = {"steps": base * times, "retrieval": score, "model": str((folder / "model").relative_to(out))}
-        if wanted is not None and score >= wanted:
+        recall = retrieval(folder / "model", num_images, device)
+        result = {"steps": base * times, "retrieval": recall, "model": str((folder / "model").relative_to(out))}
+        if wanted is not None and recall >= wanted:
             break
     return result | ({} if wanted is None else {"wanted_retrieval": wanted})
 
 
 def retrieval(folder: Path, num_images: int, device: str) -> float:
-    """Image-to-text recall at 1 among the captions of so many scenes."""
+    """Image-to-text recall at 1 among the captions of so many scenes, which models are not scored on."""
     encoder = load_encoder(folder, "crop", device=device)
-    data = source_set(open_source(f"{WORLD}&seed=1&image_px=64"), "scenes")
+    data = source_set(open_source(f"{WORLD}&seed=2&image_px=64"), "scenes")
     found = flat_metrics(evaluate(encoder, data, ("image-retrieval",), num_images=num_images))[encoder.name]
     return next(value for name, value in found.items() if "i2t" in name and name.endswith("1"))
 
@@ -147,7 +156,7 @@ def train_model(arm: Arm, seed: int, out: Path, steps: int, num_images: int, dev
         config = BuildConfig(
             encoder=str(encoder),
             llm=str(language),
-            out=str(start),
+            out=str(folder / "seeing" if arm.blind else start),
             sampler=arm.sampler,  # pyright: ignore[reportArgumentType]
             refer=arm.refer,  # pyright: ignore[reportArgumentType]
             layer=arm.layer,
@@ -157,7 +166,7 @@ def train_model(arm: Arm, seed: int, out: Path, steps: int, num_images: int, dev
         )
         build(config)
         if arm.blind:
-            make_blind(start)
+            make_blind(Path(config.out), start)
     align = max(1, round(ALIGN_SHARE * steps))
     early, model = max(1, steps // 3 - align), start
     stages = (
@@ -170,7 +179,7 @@ def train_model(arm: Arm, seed: int, out: Path, steps: int, num_images: int, dev
             out=str(folder / stage),
             data=MllmDataConfig(train=(WORLD,), questions=QUESTIONS, num_workers=1 if device == "cuda" else 0),
             rates=rates,
-            optim=MllmOptimConfig(name="muon", weight_decay=0.1, warmup_steps=min(50, count)),
+            optim=MllmOptimConfig(name="muon", weight_decay=WEIGHT_DECAY, warmup_steps=min(WARMUP_STEPS, count)),
             steps=count,
             batch_size=BATCH_SIZE,
             micro_batch_size=MICRO_BATCH_SIZE,
@@ -178,7 +187,7 @@ def train_model(arm: Arm, seed: int, out: Path, steps: int, num_images: int, dev
             device=device,
             seed=len(stages) * seed + number,
             checkpoint_every=early,
-            keep_checkpoints=count // early + 1,
+            keep_checkpoints=count // early + 1,  # that at a third of all steps is scored
         )
         model = train_mllm(config)
     return {
@@ -188,12 +197,12 @@ def train_model(arm: Arm, seed: int, out: Path, steps: int, num_images: int, dev
     }
 
 
-def make_blind(folder: Path) -> None:
-    """Zeroes the weights that read pixels, so that all images look the same."""
-    model = RegionLlava.from_pretrained(folder)
+def make_blind(seeing: Path, out: Path) -> None:
+    """Writes the model with zeroes for the weights that read pixels: all images look the same to it."""
+    model = RegionLlava.from_pretrained(seeing)
     with torch.no_grad():
         model.model.vision_tower.embeddings.patch_embedding.weight.zero_()
-    save(model, RegionLlavaProcessor.from_pretrained(folder), folder)
+    save(model, RegionLlavaProcessor.from_pretrained(seeing), out)
 
 
 def score_folder(folder: Path, num_images: int, device: str) -> dict[str, float]:
@@ -213,6 +222,23 @@ def score_folder(folder: Path, num_images: int, device: str) -> dict[str, float]
 # -- all runs ----------------------------------------------------------------------------------------------------------
 
 
+def check_settings(out: Path, steps: int, num_images: int) -> None:
+    """Writes what the runs of a folder are made with.  Exits if they were begun with something else."""
+    constants = {
+        name: value
+        for name, value in (vars(mllm_language) | globals()).items()
+        if name.isupper() and isinstance(value, int | float | str | tuple)
+    }
+    settings = json.loads(json.dumps(constants | {"steps": steps, "num_images": num_images}))
+    path = out / "settings.json"
+    if not path.exists():
+        files.write_json(path, settings)
+    made_with = json.loads(path.read_text())
+    if other := [name for name in settings | made_with if settings.get(name) != made_with.get(name)]:
+        listed = ", ".join(f"{name} {made_with.get(name)}, now {settings.get(name)}" for name in other)
+        raise SystemExit(f"{out}: its runs are made with other settings: {listed}; choose another --out")
+
+
 def do_all(chosen: list[Arm], arguments: argparse.Namespace) -> int:
     """Does every arm and seed that has no result yet; returns how many failed."""
     out, known = arguments.out, {arm.name: arm for arm in chosen}
@@ -230,7 +256,7 @@ def do_all(chosen: list[Arm], arguments: argparse.Namespace) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/mllm_study"), help="folder of the runs")
-    parser.add_argument("--only", nargs="+", help="names of arms; the encoders they need are added; default: all")
+    parser.add_argument("--only", nargs="+", help="names of arms; encoders and language model are added; default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--num-images", type=int, default=NUM_IMAGES, help="scenes to score on")
@@ -245,6 +271,7 @@ def main() -> None:
     if arguments.device == "auto":
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments.out.mkdir(parents=True, exist_ok=True)
+    check_settings(arguments.out, arguments.steps, arguments.num_images)
     if arguments.run:
         arm, seed = known[arguments.run[0]], int(arguments.run[1])
         run(arm, seed, arguments.out, arguments.steps, arguments.num_images, arguments.device)

@@ -74,7 +74,7 @@ def steps_of(results: list[dict[str, Any]]) -> str:
 
 
 def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Bars of the final scores, a dot for every seed and a tick for the score at a third of the steps."""
+    """Bars of the final scores, a dot for every seed and a line for the score at a third of the steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -91,12 +91,12 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
             axis.barh(place, statistics.mean(final), color=colour, height=0.6)
             axis.plot(final, [place] * len(final), ".", color="black", markersize=4)
             early = 100 * statistics.mean(r["third"][score] for r in results)
-            axis.plot([early] * 2, [place - 0.3, place + 0.3], color="white", linewidth=2)
+            axis.plot([early] * 2, [place - 0.3, place + 0.3], color="#d55e00", linewidth=2)
         axis.set_title(f"{SCORES[score]} (%)", fontsize=10)
         axis.set_xlim(0, 100)
         axis.set_yticks(range(len(shown)), [arm.title for arm, _ in shown], fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("Dots: seeds. White tick: at a third of the steps.", fontsize=9)
+    figure.suptitle("Dots: seeds. Red line: at a third of the steps.", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)
