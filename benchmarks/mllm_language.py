@@ -68,6 +68,11 @@ def language_model(folder: Path, seed: int, steps: int, num_scenes: int, device:
     return shares
 
 
+def new_scenes() -> Any:
+    """Scenes that nothing is trained on, for scores."""
+    return open_source(f"{WORLD}&seed=1", image_px=IMAGE_PX)
+
+
 def words_tokenizer() -> Any:
     """A tokenizer of whole words, which also has the numbers of boxes."""
     special = ["<pad>", "<end>", "<start>", "<unk>"]
@@ -140,7 +145,8 @@ class Reader:
         self.model, self.device = model.to(device), torch.device(device)
         self.bf16 = computes_in_bf16("auto", self.device)
         model.set_attn_implementation("eager" if device == "cpu" else "sdpa")
-        self.places = position_basis(patch_centres(GRID), WIDTH, GRID, std).to(device)
+        self.centres = patch_centres(GRID)
+        self.places = position_basis(self.centres, WIDTH, GRID, std).to(device)
         self.tokenizer = tokenizer
         with_image = copy.deepcopy(tokenizer)
         with_image.add_special_tokens({"additional_special_tokens": [IMAGE]})
@@ -153,7 +159,6 @@ class Reader:
             chat=asdict(chat_format(tokenizer)),
         )
         self.scenes: Any = open_source(WORLD, image_px=IMAGE_PX)
-        self.new_scenes: Any = open_source(f"{WORLD}&seed=1", image_px=IMAGE_PX)
         self.questions = templates.Questions(templates.names_of(self.scenes), QUESTIONS)
         names = [".", *self.questions.names]
         self.number_of = {name: number for number, name in enumerate(names)}
@@ -225,12 +230,11 @@ class Reader:
         The cell nearest to a thing's centre is the thing's, however small it is; later things cover earlier ones.
         """
         letterbox = Letterbox(width_px=sample.image.width, height_px=sample.image.height)
-        centres = patch_centres(GRID)
-        found = torch.zeros(len(centres), dtype=torch.long)
+        found = torch.zeros(len(self.centres), dtype=torch.long)
         for box, name in zip(torch.as_tensor(letterbox.to_square(sample.boxes)), sample.texts, strict=True):
             low, high = box[:2].float(), box[2:].float()
-            inside = ((centres >= low) & (centres <= high)).all(1)
-            inside[(centres - (low + high) / 2).norm(dim=1).argmin()] = True
+            inside = ((self.centres >= low) & (self.centres <= high)).all(1)
+            inside[(self.centres - (low + high) / 2).norm(dim=1).argmin()] = True
             found[inside] = self.number_of[name]
         return self.cells[found.to(self.device)] + self.places
 
@@ -267,4 +271,4 @@ class Reader:
             )
             return self.processor.decode_answers(ids)
 
-        return score(answer, self.new_scenes, num_scenes)
+        return score(answer, new_scenes(), num_scenes)

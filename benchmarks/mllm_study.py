@@ -25,12 +25,14 @@ from benchmarks import mllm_language
 from benchmarks.mllm_language import (
     BATCH_SIZE,
     COORDINATE_STEPS,
+    IMAGE_PX,
     QUESTIONS,
     RATE,
     WARMUP_STEPS,
     WEIGHT_DECAY,
     WORLD,
     language_model,
+    new_scenes,
 )
 from benchmarks.mllm_scores import score
 from benchmarks.runs import Run, has_result, run_all, this_program
@@ -140,7 +142,7 @@ def train_encoder(arm: Arm, seed: int, out: Path, steps: int, num_images: int, d
 def retrieval(folder: Path, num_images: int, device: str) -> float:
     """Image-to-text recall at 1 among the captions of so many scenes, which models are not scored on."""
     encoder = load_encoder(folder, "crop", device=device)
-    data = source_set(open_source(f"{WORLD}&seed=2&image_px=64"), "scenes")
+    data = source_set(open_source(f"{WORLD}&seed=2&image_px={IMAGE_PX}"), "scenes")
     found = flat_metrics(evaluate(encoder, data, ("image-retrieval",), num_images=num_images))[encoder.name]
     return next(value for name, value in found.items() if "i2t" in name and name.endswith("1"))
 
@@ -164,7 +166,8 @@ def train_model(arm: Arm, seed: int, out: Path, steps: int, num_images: int, dev
             shared_positions=True,
             seed=seed,
         )
-        build(config)
+        if not Path(config.out).exists():  # a seeing model may be there already
+            build(config)
         if arm.blind:
             make_blind(Path(config.out), start)
     align = max(1, round(ALIGN_SHARE * steps))
@@ -216,7 +219,7 @@ def score_folder(folder: Path, num_images: int, device: str) -> dict[str, float]
         ids = model.generate(**batch, max_new_tokens=length, do_sample=False)
         return processor.decode_answers(ids, batch["input_ids"].shape[1])
 
-    return score(answer, open_source(f"{WORLD}&seed=1", image_px=processor.image_size), num_images)
+    return score(answer, new_scenes(), num_images)
 
 
 # -- all runs ----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,6 @@ from benchmarks import mllm_language, mllm_study, mllm_study_report, mllm_transc
 from benchmarks.mllm_scores import score
 from opencloc.boxes import Letterbox
 from opencloc.data.sample import Sample
-from opencloc.data.sources.spec import open_source
 from opencloc.mllm import templates
 from opencloc.mllm.boxes_text import box_text
 from opencloc.mllm.model import RegionLlava
@@ -46,6 +46,13 @@ def test_mllm_study_runs_from_encoders_to_mllm_study_report_and_mllm_transcript(
     learned: Any = AutoModelForCausalLM.from_pretrained(runs / "language-0" / "model").get_input_embeddings().weight
     begun = RegionLlava.from_pretrained(runs / "cloc_prompter-0" / "start").get_input_embeddings().weight
     torch.testing.assert_close(begun[: len(learned)], learned, rtol=0.02, atol=0.0)  # numbers too, which `build` starts
+    blind = runs / "no_image-0"
+    shutil.rmtree(blind / "start")  # as after a kill when the seeing model was built
+    (blind / "result.json").unlink()
+    monkeypatch.setattr(sys, "argv", ["mllm_study", "--out", str(runs), "--run", "no_image", "0", *size])
+    mllm_study.main()
+    tower = RegionLlava.from_pretrained(blind / "start").model.vision_tower
+    assert not tower.embeddings.patch_embedding.weight.any()
     command = [sys.executable, "-m", "benchmarks.mllm_study", "--out", str(runs), "--only", "no_image", "--seeds", "0"]
     again = subprocess.run([*command, *size], capture_output=True, text=True, check=True)
     assert again.stdout.startswith("0 runs to do")
@@ -126,7 +133,7 @@ def test_scene_as_a_table_names_what_is_in_each_cell_and_statements_say_where() 
 
 
 def test_right_answers_score_fully_and_wrong_ones_not_at_all() -> None:
-    source: Any = open_source(f"{mllm_study.WORLD}&seed=1", image_px=64)
+    source = mllm_language.new_scenes()
 
     def right(samples: Any, conversations: Any, length: int) -> list[str]:
         answers: list[str] = []
@@ -161,7 +168,8 @@ def test_language_model_learns_to_read() -> None:
     tokenizer = mllm_language.words_tokenizer()
     reader = mllm_language.Reader(mllm_language.new_llama(len(tokenizer), seed=0), tokenizer, "cpu")
     places = reader.model.get_input_embeddings().weight.clone()
-    scenes = [reader.new_scenes[number] for number in range(8)]
+    source = mllm_language.new_scenes()
+    scenes = [source[number] for number in range(8)]
     rows = [reader.question(scene, random.Random(0)) for scene in scenes]
 
     def loss() -> float:
